@@ -1,0 +1,187 @@
+"""vit-builder: checkpoint -> TorchScript -> Triton model repository."""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, export, hub, repository, verify
+from .checkpoint import Checkpoint
+from .repository import Settings
+
+UNTRAINED = """
+!! ------------------------------------------------------------------------------------------
+!! The published weights could not be fetched: {reason}
+!! Building the full-size network with RANDOM weights instead. Everything works and costs the
+!! same, but the labels mean nothing. `--weights hub` fails instead; `--checkpoint FILE` takes
+!! a file you already have.
+!! ------------------------------------------------------------------------------------------
+"""
+
+
+def build(
+    model: Checkpoint, settings: Settings, output: Path, sha256: str = ""
+) -> verify.Agreement:
+    """Trace `model`, write the repository and prove it; `output` is replaced only at the end.
+
+    Raises:
+        RepositoryError, VerificationError: the message says what is wrong.
+    """
+    with repository.replacing(output) as folder:
+        say(f"Tracing {model.name} in {settings.precision} …")
+        traced = export.trace(model, settings.precision, settings.top_k)
+        repository.fill(folder, model, traced, settings, sha256)
+        say(f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …")
+        file = folder / "vit" / "1" / "model.pt"
+        agreement = verify.compare(file, model, settings.top_k, settings.max_batch_size)
+        print(verify.table(agreement, settings.precision), flush=True)
+        verify.check(agreement, settings.precision)
+        report = {
+            "model": model.name,
+            "weights": "trained" if model.trained else "random",
+            "weights_sha256": sha256,
+            "network": asdict(model.config),
+            **asdict(settings),
+            "agreement": asdict(agreement),
+            "limits": asdict(verify.LIMITS[settings.precision]),
+            "versions": {name: version(name) for name in ("vit-builder", "torch", "pillow")},
+        }
+        (folder / repository.REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    return agreement
+
+
+def main() -> None:
+    """Entry point of the command."""
+    args = _parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a build is removed
+    start = time.monotonic()
+    try:
+        model, sha256 = _weights(args)
+        build(model, _settings(args, model), args.output, sha256)
+    except (
+        checkpoint.CheckpointError,
+        hub.HubUnreachable,
+        hub.HashMismatch,
+        repository.RepositoryError,
+        verify.VerificationError,
+    ) as e:
+        sys.exit(f"vit-builder: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    say(f"Wrote {args.output} in {time.monotonic() - start:.0f} s.")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _weights(args: argparse.Namespace) -> tuple[Checkpoint, str]:
+    if args.checkpoint:
+        say(f"Loading {args.checkpoint} …")
+        return checkpoint.load(args.checkpoint), hub.file_sha256(args.checkpoint)
+    if args.weights != "random":
+        say(f"Getting the published weights of {hub.NAME} …")
+        try:
+            return hub.published()
+        except hub.HubUnreachable as e:
+            if args.weights == "hub":
+                raise
+            say(UNTRAINED.format(reason=e))
+    return checkpoint.random(), ""
+
+
+def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = args.precision
+    if precision == "auto":
+        precision = "fp16" if device == "cuda" else "bf16" if _cpu_has_bf16() else "fp32"
+    classes = model.config.num_classes
+    if args.top_k and args.top_k > classes:
+        raise checkpoint.CheckpointError(f"--top-k {args.top_k} is over the {classes} classes")
+    # Larger batches bring no throughput and cost latency: a CPU is busy at 16, a GPU at 64.
+    max_batch_size = args.max_batch_size or (64 if device == "cuda" else 16)
+    return Settings(precision, max_batch_size, args.top_k or min(100, classes))
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 natively (AMX or AVX512-BF16), as Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vit-builder",
+        description="Trace a birder ViT to TorchScript and write a complete Triton model "
+        "repository around it. The result is compared with the fp32 network on photos before it "
+        "takes the place of what was there.",
+        epilog="examples:\n"
+        "  vit-builder                                # published weights, settings for this machine\n"
+        "  vit-builder --checkpoint my.safetensors    # your own fine-tuned checkpoint\n"
+        "  vit-builder --device cuda                  # settings for a GPU that is elsewhere\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="birder's .pt or .safetensors; sizes, classes and labels are taken from it",
+    )
+    source.add_argument(
+        "--weights",
+        choices=["auto", "hub", "random"],
+        default="auto",
+        help="hub: the published weights from the Hugging Face hub; random: untrained, for tests "
+        "of the plumbing; auto (default): hub, and random with a warning where it can't be reached",
+    )
+    add(
+        "--output",
+        type=Path,
+        default=Path("models"),
+        metavar="DIR",
+        help="the repository to write, or to replace (default: models)",
+    )
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="where it will be served; it only chooses the defaults below (default: auto, cuda "
+        "where this machine has it). The file itself runs on both",
+    )
+    add(
+        "--precision",
+        choices=["auto", *export.DTYPES],
+        default="auto",
+        help="auto (default): fp16 for cuda; for the CPU bf16 where it has it natively, else fp32",
+    )
+    add(
+        "--max-batch-size",
+        type=_positive,
+        metavar="N",
+        help="most images in one batch (default: 16 for the CPU, 64 for cuda)",
+    )
+    add(
+        "--top-k",
+        type=_positive,
+        metavar="K",
+        help="classes that `classify` returns (default: 100, or all where there are fewer)",
+    )
+    return parser

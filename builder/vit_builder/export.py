@@ -1,0 +1,52 @@
+"""The served graph: what TorchScript sees, kept apart from the network itself."""
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .model import ViT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ServedViT(nn.Module):
+    """Pixels in, the five outputs of the wire contract out.
+
+    Normalising happens here, so that a quarter of the bytes cross to the GPU. Softmax and top-k
+    happen here because Triton's own classification extension sorts all classes on the CPU.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: ViT, checkpoint: Checkpoint, precision: str, top_k: int) -> None:
+        super().__init__()
+        self.dtype = DTYPES[precision]
+        self.network = network.to(self.dtype)
+        self.top_k = top_k
+        # Channels are the last axis of the pixels. Normalising is always done in fp32.
+        self.register_buffer("mean", torch.tensor(checkpoint.rgb_mean) * 255)
+        self.register_buffer("std", torch.tensor(checkpoint.rgb_std) * 255)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """uint8 [N, H, W, 3] -> probabilities [N, C], embedding [N, D], neck [N, D, h, w],
+        top_scores [N, K] (all fp32) and top_indices [N, K] (int32), best first.
+        """
+        x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+        logits, embedding, neck = self.network(x.to(self.dtype))
+        probabilities = logits.float().softmax(dim=1)
+        top_scores, top_indices = probabilities.topk(self.top_k, dim=1)
+        return probabilities, embedding.float(), neck.float(), top_scores, top_indices.int()
+
+
+def trace(checkpoint: Checkpoint, precision: str, top_k: int) -> torch.jit.ScriptModule:
+    """Trace the served graph on the CPU, so that no device is baked in.
+
+    It is traced at two images: at one, shapes that depend on the batch could fold into constants.
+    """
+    served = ServedViT(checkpoint.network(), checkpoint, precision, top_k).eval()
+    height, width = checkpoint.config.image_size
+    pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        traced: torch.jit.ScriptModule = torch.jit.trace(served, pixels, check_trace=False)
+    return traced

@@ -1,0 +1,83 @@
+"""The published weights, from the Hugging Face hub."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download
+
+from . import checkpoint
+from .checkpoint import Checkpoint
+
+NAME = "vit_reg4_m16_rms_avg_i-jepa-imagenet21k"
+REPO = f"birder-project/{NAME}"
+# A branch may move, but its content is pinned: only the two files below are accepted.
+REVISION = "main"
+# The file was published twice: the same numbers under current and under legacy names.
+SHA256 = (
+    "da47dc6bd4f41c347235beba92657b66148180141d0bd629169e84449b629fbb",
+    "d6d9fc47ecbad04a83b178bcd2eeecbd77569cc2a17fbdf52e02feda54523c3f",
+)
+
+
+class HubUnreachable(Exception):
+    """The hub gave no file: no network, a proxy in the way, or an error of its own."""
+
+
+class HashMismatch(Exception):
+    """The hub answered with a file that is not one of the two that were published."""
+
+
+def published() -> tuple[Checkpoint, str]:
+    """The published checkpoint and the SHA-256 of its file, from the cache or else from the hub.
+
+    The download is checked, then kept as safetensors in `$XDG_CACHE_HOME/vit-builder`.
+
+    Raises:
+        HubUnreachable, HashMismatch: see there.
+    """
+    for sha256 in SHA256:
+        if (cached := _cached(sha256)).is_file():
+            return checkpoint.load(cached), sha256
+    with tempfile.TemporaryDirectory() as folder:
+        downloaded = _download(Path(folder))
+        sha256 = file_sha256(downloaded)
+        if sha256 not in SHA256:
+            raise HashMismatch(
+                f"{REPO}/{downloaded.name} has the SHA-256 {sha256}, which is not a published one: "
+                f"{' or '.join(SHA256)}"
+            )
+        loaded = checkpoint.load(downloaded)
+    cached = _cached(sha256)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    partial = cached.with_name(f"{cached.name}.{os.getpid()}")
+    try:
+        checkpoint.save(loaded, partial)
+        partial.replace(cached)
+    finally:
+        partial.unlink(missing_ok=True)
+    return loaded, sha256
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cached(sha256: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "vit-builder" / sha256 / f"{NAME}.safetensors"
+
+
+def _download(folder: Path) -> Path:
+    try:
+        # Fails within seconds where there is no network; the download itself would retry for long.
+        HfApi().repo_info(REPO, revision=REVISION, timeout=10)
+        return Path(hf_hub_download(REPO, f"{NAME}.pt", revision=REVISION, local_dir=folder))
+    except Exception as e:  # of the HTTP library, which is another one in each huggingface_hub
+        reason = next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)
+        raise HubUnreachable(f"{REPO}: {reason}") from e

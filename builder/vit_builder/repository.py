@@ -1,0 +1,121 @@
+"""Fill a Triton model repository from the template in `model_repository/`, atomically."""
+
+import ctypes
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from .checkpoint import Checkpoint
+
+TEMPLATE = Path(__file__).parent / "model_repository"
+REPORT = "build_report.json"
+
+
+class RepositoryError(Exception):
+    """The output folder cannot be written; the message says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen at build time and cannot be read off the checkpoint."""
+
+    precision: str
+    max_batch_size: int
+    top_k: int
+
+
+def fill(
+    folder: Path,
+    checkpoint: Checkpoint,
+    traced: torch.jit.ScriptModule,
+    settings: Settings,
+    sha256: str,
+) -> None:
+    """Write the whole repository into `folder`, which must not exist."""
+    shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", ".gitkeep"))
+    dims = _dims(checkpoint, settings)
+    for path in sorted(folder.glob("*/config.pbtxt")):
+        (path.parent / "1").mkdir(exist_ok=True)  # an ensemble's is empty, but must be there
+        config = text_format.Parse(path.read_text(), ModelConfig())
+        config.max_batch_size = settings.max_batch_size
+        for tensor in (*config.input, *config.output):
+            tensor.dims[:] = dims.get(tensor.name, tensor.dims)
+        if config.name == "vit":
+            _fill_vit(config, checkpoint, settings, sha256)
+        path.write_text(text_format.MessageToString(config))
+    traced.save(str(folder / "vit" / "1" / "model.pt"))
+    labels = "".join(" ".join(label.split("\n")) + "\n" for label in checkpoint.labels)
+    (folder / "postprocess" / "1" / "labels.txt").write_text(labels, "utf-8", newline="\n")
+
+
+def _fill_vit(
+    config: ModelConfig, checkpoint: Checkpoint, settings: Settings, sha256: str
+) -> None:
+    for warmup in config.model_warmup:
+        warmup.batch_size = min(warmup.batch_size, settings.max_batch_size)
+        warmup.inputs["pixels"].dims[:] = config.input[0].dims
+    config.model_warmup[-1].batch_size = settings.max_batch_size
+    # Triton passes these through; clients read them with the ModelConfig call.
+    config.parameters["model_name"].string_value = checkpoint.name
+    config.parameters["weights"].string_value = "trained" if checkpoint.trained else "random"
+    config.parameters["weights_sha256"].string_value = sha256
+    config.parameters["precision"].string_value = settings.precision
+
+
+def _dims(checkpoint: Checkpoint, settings: Settings) -> dict[str, list[int]]:
+    """The shape, without the batch axis, of every tensor whose size depends on the checkpoint."""
+    cfg = checkpoint.config
+    pixels, classes, k = [*cfg.image_size, 3], [cfg.num_classes], [settings.top_k]
+    embedding, neck = [cfg.hidden_dim], [cfg.hidden_dim, *cfg.grid]
+    return {
+        "pixels": pixels,
+        **dict.fromkeys(("probabilities", "probabilities__0"), classes),
+        **dict.fromkeys(("embedding", "embedding__1"), embedding),
+        **dict.fromkeys(("neck", "neck__2"), neck),
+        **dict.fromkeys(("top_scores__3", "top_scores", "scores"), k),
+        **dict.fromkeys(("top_indices__4", "top_indices", "indices", "labels"), k),
+    }
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A path to build at; on success it becomes `output`, on failure it is removed.
+
+    A repository that is there already is exchanged in one step, so that no moment has half of one.
+
+    Raises:
+        RepositoryError: `output` is something else than a repository this builder wrote.
+    """
+    if output.exists() and not (output / REPORT).is_file() and (
+        not output.is_dir() or any(output.iterdir())
+    ):
+        raise RepositoryError(f"{output} exists and is not a repository that vit-builder wrote")
+    output = output.resolve()
+    building = output.with_name(f".{output.name}.building-{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield building
+        if output.exists():
+            _exchange(building, output)
+        else:
+            building.rename(output)
+    except OSError as e:
+        raise RepositoryError(f"{output} cannot be written: {e.strerror or e}") from e
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders of one file system in one step: renameat2(2) with RENAME_EXCHANGE."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(here, bytes(a), here, bytes(b), exchange) != 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))

@@ -1,0 +1,95 @@
+"""Prove the file that was written: model.pt against the fp32 eager network, on real photos."""
+
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .export import ServedViT
+
+PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
+
+
+class VerificationError(Exception):
+    """The traced model does not give the network's numbers; nothing was replaced."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Traced model against fp32 eager network: the worst image, over all batch sizes tried."""
+
+    probabilities_max_diff: float
+    embedding_max_diff: float
+    neck_max_diff: float
+    embedding_min_cosine: float
+    top1_agreement: float  # share of images with the same best class
+    top5_agreement: float  # mean share of the five best classes in common
+
+
+# Limits by precision, several times what is measured with random weights (the hardest case: near
+# ties everywhere). bf16 keeps 8 bits of mantissa and fp16 11. Top-1 has none below fp32, because
+# two classes a thousandth apart may change places; the five best may not all.
+LIMITS = {
+    "fp32": Agreement(1e-5, 1e-4, 1e-3, 0.999999, 1.0, 0.99),
+    "fp16": Agreement(5e-3, 5e-2, 0.25, 0.9999, 0.0, 0.6),
+    "bf16": Agreement(5e-2, 0.25, 1.0, 0.999, 0.0, 0.6),
+}
+
+
+def compare(model_file: Path, checkpoint: Checkpoint, top_k: int, max_batch_size: int) -> Agreement:
+    """Reload `model_file` and compare it at batch sizes 1, the number of photos, and the largest."""
+    pixels = torch.stack([_pixels(path, checkpoint.config.image_size) for path in PHOTOS])
+    reference = ServedViT(checkpoint.network(), checkpoint, "fp32", top_k).eval()
+    module = torch.jit.load(str(model_file), map_location="cpu")
+    found = []
+    with torch.inference_mode():
+        expected = reference(pixels)
+        for size in sorted({1, min(len(PHOTOS), max_batch_size), max_batch_size}):
+            rows = torch.tensor(list(islice(cycle(range(len(PHOTOS))), size)))
+            found.append(_agreement(module(pixels[rows]), [out[rows] for out in expected]))
+    table = np.array([list(asdict(agreement).values()) for agreement in found])
+    return Agreement(*table[:, :3].max(axis=0).tolist(), *table[:, 3:].min(axis=0).tolist())
+
+
+def check(agreement: Agreement, precision: str) -> None:
+    """Raise VerificationError where `agreement` is outside the limits of `precision`."""
+    limits = asdict(LIMITS[precision])
+    for name, value in asdict(agreement).items():
+        # Written so that a NaN fails too.
+        if not (value <= limits[name] if name.endswith("diff") else value >= limits[name]):
+            raise VerificationError(
+                f"the traced {precision} model differs from the network: {name} is {value:.6g}, "
+                f"the limit is {limits[name]:.6g}"
+            )
+
+
+def table(agreement: Agreement, precision: str) -> str:
+    """The agreement and its limits, for a person."""
+    limits = asdict(LIMITS[precision])
+    lines = [f"{f'{precision} against fp32 eager':<28}{'measured':>14}{'limit':>14}"]
+    for name, value in asdict(agreement).items():
+        sign = "<=" if name.endswith("diff") else ">="
+        lines.append(f"{name:<28}{value:>14.7g}{f'{sign} {limits[name]:g}':>14}")
+    return "\n".join(lines)
+
+
+def _pixels(path: Path, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    with Image.open(path) as image:
+        rgb = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(rgb))
+
+
+def _agreement(actual: tuple[Tensor, ...], expected: list[Tensor]) -> Agreement:
+    diffs = [float((a - e).abs().max()) for a, e in zip(actual[:3], expected[:3], strict=True)]
+    cosine = torch.cosine_similarity(actual[1].double(), expected[1].double()).min()
+    ours, theirs = actual[4], expected[4]
+    k = min(5, ours.shape[1])
+    shared = (ours[:, :k, None] == theirs[:, None, :k]).any(dim=2).float().mean()
+    top1 = (ours[:, 0] == theirs[:, 0]).float().mean()
+    return Agreement(*diffs, float(cosine), float(top1), float(shared))

@@ -1,0 +1,32 @@
+"""Name the classes: top-k indices in, the same with their labels out."""
+
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        path = Path(args["model_repository"], args["model_version"], "labels.txt")
+        # One label a line, by class index. Only "\n" ends a line: labels may hold other breaks.
+        labels = path.read_bytes().removesuffix(b"\n").split(b"\n")
+        self.labels = np.array(labels, dtype=np.object_)
+
+    def execute(self, requests):
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        scores = pb_utils.get_input_tensor_by_name(request, "top_scores").as_numpy()
+        indices = pb_utils.get_input_tensor_by_name(request, "top_indices").as_numpy()
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self.labels):
+            reason = f"top_indices must be in [0, {len(self.labels)})"
+            error = pb_utils.TritonError(reason, pb_utils.TritonError.INVALID_ARG)
+            return pb_utils.InferenceResponse(error=error)
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("scores", scores),
+                pb_utils.Tensor("indices", indices),
+                pb_utils.Tensor("labels", self.labels[indices]),
+            ]
+        )

@@ -1,0 +1,46 @@
+"""Triton's `pytorch` backend in Python, for the embedded server.
+
+The nvidia-pytriton wheel has no C++ LibTorch backend. This folder takes its place: a Python-based
+backend (https://github.com/triton-inference-server/python_backend) that runs the same model.pt
+under the same config.pbtxt. Inputs are bound by order; an output's name ends in `__index`.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        self.input = config["input"][0]["name"]
+        self.outputs = {out["name"]: int(out["name"].rpartition("__")[2]) for out in config["output"]}
+        on_gpu = args["model_instance_kind"] == "GPU" and torch.cuda.is_available()
+        self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else "cpu"
+        flag = config["parameters"].get("DISABLE_OPTIMIZED_EXECUTION", {}).get("string_value")
+        self.optimize = flag != "true"
+        file = config["default_model_filename"] or "model.pt"
+        path = Path(args["model_repository"], args["model_version"], file)
+        self.module = torch.jit.load(path, map_location=self.device).eval()
+
+    @torch.inference_mode()
+    def execute(self, requests):
+        """Run all requests as one batch; copy to the host only what somebody asked for."""
+        inputs = [pb_utils.get_input_tensor_by_name(r, self.input).as_numpy() for r in requests]
+        batch = torch.from_numpy(np.concatenate(inputs) if len(inputs) > 1 else inputs[0])
+        with torch.jit.optimized_execution(self.optimize):
+            results = self.module(batch.to(self.device))
+        asked = {name for request in requests for name in request.requested_output_names()}
+        on_host = {name: results[self.outputs[name]].cpu().numpy() for name in asked}
+
+        responses, start = [], 0
+        for request, rows in zip(requests, inputs, strict=True):
+            stop = start + len(rows)
+            names = request.requested_output_names()
+            tensors = [pb_utils.Tensor(name, on_host[name][start:stop]) for name in names]
+            responses.append(pb_utils.InferenceResponse(tensors))
+            start = stop
+        return responses

@@ -1,0 +1,192 @@
+"""vit-server: the real tritonserver on this machine, in the foreground."""
+
+import argparse
+import errno
+import ipaddress
+import os
+import socket
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from . import tritonserver
+from .process import TritonProcess
+from .tritonserver import Ports, ServerError
+
+# The ensembles cover all models; each output is a batch of numbers except the labels.
+ENSEMBLES = {"classify": "scores", "probabilities": "probabilities", "embed": "embedding"}
+ENSEMBLES["features"] = "neck"
+MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
+GRAY_PIXEL = b"P6 1 1 255\n\x80\x80\x80"  # a whole image, in PPM
+START_SECONDS = 600
+
+
+def main() -> None:
+    """Entry point of the command."""
+    args = _parser().parse_args()
+    ports = Ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
+    try:
+        check_repository(args.model_repository)
+        check_ports(ports)
+        sys.exit(serve(args.model_repository, ports, args.verbose))
+    except ServerError as e:
+        sys.exit(f"vit-server: {e}")
+
+
+def serve(repository: Path, ports: Ports, verbose: bool) -> int:
+    """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
+    installation = tritonserver.find()
+    shm_prefix = f"vit_server_{os.getpid()}_"
+    with tempfile.TemporaryDirectory(prefix="vit-server-") as folder:
+        backends = Path(folder)
+        tritonserver.prepare_backends(installation, backends)
+        command = tritonserver.command(
+            installation, repository.resolve(), backends, ports, shm_prefix, verbose
+        )
+        process = TritonProcess(command, tritonserver.environment(installation), shm_prefix)
+        try:
+            if verbose:
+                process.show_log()
+            print("Starting tritonserver …", file=sys.stderr, flush=True)
+            wait_until_answering(process, ports)
+            if not process.stopping:
+                process.show_log()
+                host = f"[{ports.host}]" if ":" in ports.host else ports.host
+                print(f"gRPC     {host}:{ports.grpc}")
+                print(f"HTTP     http://{host}:{ports.http}")
+                print(f"metrics  http://{host}:{ports.metrics}/metrics")
+                print("Ready: every model has answered. Ctrl-C stops.", flush=True)
+            return process.wait()
+        finally:
+            process.close()
+
+
+def wait_until_answering(process: TritonProcess, ports: Ports) -> None:
+    """Return when every model has answered a real request, or the process was told to stop.
+
+    READY alone proves little: a model can be ready and fail on every request.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.host, ports.host)
+    target = f"[{host}]:{ports.grpc}" if ":" in host else f"{host}:{ports.grpc}"
+    # A proxy from the environment must not come between two processes of one machine.
+    with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        while not _is_ready(stub):
+            if process.exited():
+                if process.stopping:
+                    return
+                raise process.failure()
+            if time.monotonic() > deadline:
+                raise ServerError(f"tritonserver was not ready after {START_SECONDS} s")
+            time.sleep(0.1)
+        for ensemble, output in ENSEMBLES.items():
+            if process.stopping:
+                return
+            _probe(stub, ensemble, output)
+
+
+def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
+    try:
+        return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1).ready)
+    except grpc.RpcError:
+        return False
+
+
+def _probe(stub: service_pb2_grpc.GRPCInferenceServiceStub, ensemble: str, output: str) -> None:
+    request = service_pb2.ModelInferRequest(
+        model_name=ensemble,
+        inputs=[{"name": "image", "datatype": "BYTES", "shape": [1, 1]}],
+        outputs=[{"name": output}],
+        raw_input_contents=[struct.pack("<I", len(GRAY_PIXEL)) + GRAY_PIXEL],
+    )
+    try:
+        response = stub.ModelInfer(request, timeout=120)
+    except grpc.RpcError as e:
+        raise ServerError(f"{ensemble} is loaded but does not answer: {e.details()}") from e
+    if not np.isfinite(np.frombuffer(response.raw_output_contents[0], np.float32)).all():
+        raise ServerError(f"{ensemble} answers with numbers that are not finite")
+
+
+def check_repository(repository: Path) -> None:
+    """Raise ServerError unless `repository` has all our models and the builder's files."""
+    built = ("vit/1/model.pt", "postprocess/1/labels.txt")
+    wanted = (*built, *(f"{model}/config.pbtxt" for model in MODELS))
+    if not repository.is_dir():
+        raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
+    if missing := [name for name in wanted if not (repository / name).is_file()]:
+        hint = "; vit-builder fills it in" if missing[0] in built else ""
+        raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}{hint}")
+
+
+def check_ports(ports: Ports) -> None:
+    """Raise ServerError where a port is taken: Triton's own message does not name it."""
+    family = socket.AF_INET6 if ":" in ports.host else socket.AF_INET
+    flags = ("--grpc-port", "--http-port", "--metrics-port")
+    numbers = (ports.grpc, ports.http, ports.metrics)
+    if len(set(numbers)) < len(numbers):
+        raise ServerError(f"{', '.join(flags)} must differ, not be {numbers}")
+    for flag, number in zip(flags, numbers, strict=True):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((ports.host, number))
+            except OSError as e:
+                if e.errno == errno.EADDRINUSE:
+                    reason = f"port {number} is in use: choose another with {flag}"
+                else:
+                    reason = f"cannot listen on {ports.host} port {number}: {e.strerror}"
+                raise ServerError(reason) from e
+
+
+def _address(text: str) -> str:
+    if text == "localhost":
+        return "127.0.0.1"
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not an IP address") from None
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vit-server",
+        description="Serve a model repository with the real tritonserver, in the foreground, until "
+        "Ctrl-C or SIGTERM. Takes the GPU where there is one. The exit code is tritonserver's.",
+        epilog="Threads: OMP_NUM_THREADS in the environment, or all cores this process may use.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--model-repository",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="what vit-builder wrote",
+        default=argparse.SUPPRESS,
+    )
+    add(
+        "--host",
+        type=_address,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on. There is no encryption and no login: keep it on loopback",
+    )
+    add("--grpc-port", type=_port, default=8001, metavar="PORT", help="what vit-client talks to")
+    add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls as JSON")
+    add("--metrics-port", type=_port, default=8002, metavar="PORT", help="for Prometheus")
+    add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
+    return parser

@@ -1,0 +1,152 @@
+"""Where tritonserver is, and the command line and environment it is started with."""
+
+import ctypes
+import math
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+OUR_BACKENDS = Path(__file__).parent / "backends"
+MIB = 1 << 20
+
+
+class ServerError(Exception):
+    """The server cannot start or has failed; the message is for the person who started it."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the server listens; host is an address, not a name."""
+
+    host: str
+    grpc: int
+    http: int
+    metrics: int
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The parts of the nvidia-pytriton wheel that are used."""
+
+    binary: Path
+    python_backend: Path  # folder with libtriton_python.so
+    stub: Path  # the process a Python model runs in, compiled for one Python version
+    libraries: Path
+
+
+def find() -> Installation:
+    """Find tritonserver in the installed wheel.
+
+    Raises:
+        ServerError: no wheel, no stub for this Python, or no shared libpython.
+    """
+    spec = find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError("tritonserver is missing: pip install nvidia-pytriton==0.7.0")
+    package = Path(spec.origin).parent
+    root = package / "tritonserver"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = Installation(
+        binary=root / "bin" / "tritonserver",
+        python_backend=root / "backends" / "python",
+        stub=root / "python_backend_stubs" / python / "triton_python_backend_stub",
+        libraries=package.parent / "nvidia_pytriton.libs",
+    )
+    for path in (found.binary, found.python_backend, found.stub, found.libraries):
+        if not path.exists():
+            raise ServerError(f"nvidia-pytriton has no {path}: is it 0.7.0, on Python 3.10 to 3.12?")
+    if not _has_libpython():
+        raise ServerError(
+            f"Triton's Python models need the shared library of Python {python}, and {sys.executable} "
+            f"has none: on Debian and Ubuntu `apt-get install libpython{python}`"
+        )
+    return found
+
+
+def prepare_backends(installation: Installation, folder: Path) -> None:
+    """Lay out a --backend-directory: the wheel's `python`, and `pytorch` from this package.
+
+    They are copies (4 MB): Triton refuses a backend whose library is a link out of this folder,
+    and looks for the stub beside the library, where the wheel does not have it.
+    """
+    shutil.copytree(installation.python_backend, folder / "python")
+    shutil.copy(installation.stub, folder / "python")
+    shutil.copytree(OUR_BACKENDS / "pytorch", folder / "pytorch")
+
+
+def command(
+    installation: Installation,
+    repository: Path,
+    backends: Path,
+    ports: Ports,
+    shm_prefix: str,
+    verbose: bool,
+) -> list[str]:
+    """tritonserver's arguments."""
+    # Nobody needs these calls here, and Triton has no switch to turn them off: a key that nobody
+    # knows does it. Shared memory would let a client name a file of /dev/shm to read or write.
+    key = f"closed={secrets.token_hex(16)}"
+    return [
+        str(installation.binary),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        f"--grpc-address={ports.host}",
+        f"--grpc-port={ports.grpc}",
+        f"--http-address={ports.host}",
+        f"--http-port={ports.http}",
+        f"--metrics-address={ports.host}",
+        f"--metrics-port={ports.metrics}",
+        "--model-control-mode=none",
+        f"--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:{key}",
+        f"--http-restricted-api=shared-memory,model-repository,trace,logging:{key}",
+        # Tensors between server and stubs. The default of 1 MB grows in steps under load.
+        f"--backend-config=python,shm-default-byte-size={64 * MIB}",
+        f"--backend-config=python,shm-growth-byte-size={64 * MIB}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        f"--log-info={str(verbose).lower()}",
+        f"--log-warning={str(verbose).lower()}",  # else a page about the GPU that is not there
+    ]
+
+
+def environment(installation: Installation) -> dict[str, str]:
+    """The environment for tritonserver: its libraries, this Python for its stubs, and threads."""
+    env = dict(os.environ)
+    libpython = sysconfig.get_config_var("LIBDIR") or ""
+    paths = [str(installation.libraries), libpython, env.get("LD_LIBRARY_PATH", "")]
+    env["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
+    # The stub embeds an interpreter that ignores PYTHONPATH and takes the virtual environment of
+    # the first `python3` on the PATH.
+    env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
+    env.setdefault("OMP_NUM_THREADS", str(cores()))
+    # Without a limit OpenMP's threads spin while they wait, which collapses when `preprocess`
+    # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
+    env.setdefault("GOMP_SPINCOUNT", "10000")
+    return env
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, and its cgroup's CPU quota where it has one."""
+    count = len(os.sched_getaffinity(0))
+    quota_file = Path("/sys/fs/cgroup/cpu.max")
+    if quota_file.is_file():
+        quota, period = quota_file.read_text().split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
+
+
+def _has_libpython() -> bool:
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    folder = Path(sysconfig.get_config_var("LIBDIR") or "/nonexistent")
+    if (folder / name).exists():
+        return True
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
