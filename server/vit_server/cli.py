@@ -1,7 +1,7 @@
 """vit-server: the real tritonserver on this machine, in the foreground."""
 
 import argparse
-import errno
+import contextlib
 import ipaddress
 import os
 import socket
@@ -30,10 +30,9 @@ START_SECONDS = 600
 def main() -> None:
     """Entry point of the command."""
     args = _parser().parse_args()
-    ports = Ports(args.host, args.grpc_port, args.http_port, args.metrics_port)
     try:
         check_repository(args.model_repository)
-        check_ports(ports)
+        ports = reserve_ports(args)
         sys.exit(serve(args.model_repository, ports, args.verbose))
     except ServerError as e:
         sys.exit(f"vit-server: {e}")
@@ -125,24 +124,28 @@ def check_repository(repository: Path) -> None:
         raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}{hint}")
 
 
-def check_ports(ports: Ports) -> None:
-    """Raise ServerError where a port is taken: Triton's own message does not name it."""
-    family = socket.AF_INET6 if ":" in ports.host else socket.AF_INET
-    flags = ("--grpc-port", "--http-port", "--metrics-port")
-    numbers = (ports.grpc, ports.http, ports.metrics)
-    if len(set(numbers)) < len(numbers):
-        raise ServerError(f"{', '.join(flags)} must differ, not be {numbers}")
-    for flag, number in zip(flags, numbers, strict=True):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
+def reserve_ports(args: argparse.Namespace) -> Ports:
+    """The ports to listen on, seen to be free: Triton's own message does not name a taken one.
+
+    Raises:
+        ServerError: a port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    numbers = []
+    with contextlib.ExitStack() as held:  # held together, so that two cannot be the same
+        for name in ("grpc", "http", "metrics"):
+            wanted = getattr(args, f"{name}_port")
+            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((ports.host, number))
+                probe.bind((args.host, wanted))
             except OSError as e:
-                if e.errno == errno.EADDRINUSE:
-                    reason = f"port {number} is in use: choose another with {flag}"
-                else:
-                    reason = f"cannot listen on {ports.host} port {number}: {e.strerror}"
-                raise ServerError(reason) from e
+                reason = f"cannot listen on {args.host} port {wanted}: {e.strerror}"
+                raise ServerError(f"{reason}; choose with --host and --{name}-port") from e
+            numbers.append(probe.getsockname()[1])
+    if len(set(numbers)) < len(numbers):
+        raise ServerError("--grpc-port, --http-port and --metrics-port must differ")
+    return Ports(args.host, *numbers)
 
 
 def _address(text: str) -> str:
@@ -156,8 +159,8 @@ def _address(text: str) -> str:
 
 def _port(text: str) -> int:
     number = int(text)
-    if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
     return number
 
 
@@ -185,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="address to listen on. There is no encryption and no login: keep it on loopback",
     )
-    add("--grpc-port", type=_port, default=8001, metavar="PORT", help="what vit-client talks to")
+    add("--grpc-port", type=_port, default=8001, metavar="PORT", help="what vit-client talks to; 0 takes a free one, for each of the three")
     add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls as JSON")
     add("--metrics-port", type=_port, default=8002, metavar="PORT", help="for Prometheus")
     add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
