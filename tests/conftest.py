@@ -1,21 +1,41 @@
 """Real servers for the tests: a tiny model for behaviour, the full-size one for numbers."""
 
 import contextlib
+import io
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import grpc
+import numpy as np
+import numpy.typing as npt
 import pytest
 import vit_builder
-from tritonclient.grpc import service_pb2_grpc
+from PIL import Image
+from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.utils import np_to_triton_dtype
 
 TESTS = Path(__file__).parent
 GOLDENS = TESTS / "goldens"
 PHOTOS = TESTS.parent / "photos"
 BIN = Path(sys.executable).parent
+Array = npt.NDArray[Any]
+Rows = list[bytes] | Array
+
+
+def golden_image(name: str) -> Path:
+    """The file that a golden is about; the photos are those that ship with the project."""
+    photo = name.removeprefix("photo-")
+    return PHOTOS / photo if photo != name else GOLDENS / "images" / name
+
+
+def png(pixels: Array) -> bytes:
+    """uint8 [H, W, 3] as a file that loses nothing."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 @dataclass(frozen=True)
@@ -28,11 +48,22 @@ class Server:
     metrics_url: str
     repository: Path
 
-    @property
-    def stub(self) -> service_pb2_grpc.GRPCInferenceServiceStub:
-        """Raw gRPC, to say what the SDK would not."""
-        limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        return service_pb2_grpc.GRPCInferenceServiceStub(grpc.insecure_channel(self.url, limits))
+    def infer(self, model: str, name: str, rows: Rows, datatype: str = "") -> dict[str, Array]:
+        """One request with Triton's own client, to say what the SDK would not.
+
+        Args:
+            rows: images as bytes, one a row, or an array that is sent as it is.
+
+        Raises:
+            InferenceServerException: what the server said.
+        """
+        if isinstance(rows, list):
+            rows = np.array(rows, np.object_).reshape(-1, 1)
+        tensor = InferInput(name, rows.shape, datatype or np_to_triton_dtype(rows.dtype))
+        tensor.set_data_from_numpy(rows)
+        with InferenceServerClient(self.url) as client:
+            result = client.infer(model, [tensor], client_timeout=120)
+        return {out.name: result.as_numpy(out.name) for out in result.get_response().outputs}
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.height, self.width, _ = (int(d) for d in config["output"][0]["dims"])
         self.max_pixels = int(config["parameters"]["max_image_pixels"]["string_value"])
-        Image.MAX_IMAGE_PIXELS = self.max_pixels  # also for images inside images
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which only warns up to twice of it
         self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
     def execute(self, requests):
