@@ -1,0 +1,57 @@
+"""Classify, embed and map images with a vision transformer served by NVIDIA Triton.
+
+    from vit_client import Client
+
+    with Client("localhost:8001") as client:
+        client.classify("cat.jpg")  # [Prediction(label, index, score), …]
+        client.embed(["a.jpg", "b.jpg"])  # float32 [2, D]
+        client.features("cat.jpg")["neck"]  # float32 [D, h, w]
+        for item in client.stream(paths, task="embed", on_error="return"):
+            ...
+
+`AsyncClient` has the same methods, awaited. All errors are in `vit_client.errors`.
+"""
+
+from ._async import AsyncClient
+from ._sync import Client
+from .errors import (
+    AccessDenied,
+    BadImage,
+    BadImages,
+    ClientClosed,
+    ConfigurationError,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotServed,
+    Overloaded,
+    ServerError,
+    Unavailable,
+    VitClientError,
+)
+from .types import Features, Health, ImageLike, Item, Model, Prediction
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDenied",
+    "AsyncClient",
+    "BadImage",
+    "BadImages",
+    "Client",
+    "ClientClosed",
+    "ConfigurationError",
+    "DeadlineExceeded",
+    "Features",
+    "Health",
+    "ImageLike",
+    "InvalidRequest",
+    "Item",
+    "Model",
+    "ModelNotServed",
+    "Overloaded",
+    "Prediction",
+    "ServerError",
+    "Unavailable",
+    "VitClientError",
+    "__version__",
+]

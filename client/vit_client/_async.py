@@ -1,0 +1,398 @@
+"""`AsyncClient`, the source of both clients: `_sync.py` is generated from this file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, get_args, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _health, _wire
+from ._channel import ChannelOptions, Settings, check_timeout
+from ._engine import Engine
+from ._images import is_one_image
+from ._progress import Meter, Progress
+from .errors import BadImages
+from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
+
+
+class AsyncClient:
+    """Asks a Triton server what is in images.
+
+    Use it in `async with`, or call `close()`. One client is enough for a program: it may be
+    shared by any number of tasks, and a connection costs more than a request. It belongs to the
+    event loop it is first used in.
+
+    Wherever a method takes an image, that is a path, the bytes of an image file, an open binary
+    file, a PIL image, or a uint8 array [height, width, 3] in RGB order. One image gives one
+    result; a list gives the results of all, in order, and may be of any length: it is sent in
+    requests of a size that the server accepts, several at once. For more than fits in memory
+    there is `stream`.
+
+    Every method that asks the server may raise any of `vit_client.errors`, and takes `timeout`:
+    the seconds that one request may take, with everything that belongs to it: waiting for its
+    turn, sending, the server's work, retries and the pauses between them. A long list takes
+    several requests.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        concurrency: int | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        tls: bool | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+        cert_file: str | os.PathLike[str] | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+        channel_options: ChannelOptions | None = None,
+    ) -> None:
+        """Set up a client. It connects when it is first used.
+
+        What is not given is taken from the environment variable in brackets, then from the
+        default.
+
+        Args:
+            url: Where the server listens for gRPC: "host:port", "grpcs://host:port" for TLS,
+                or any gRPC name such as "dns:///vit.example:8001". The requests go in turn to
+                all addresses that a name resolves to. [VIT_URL, default localhost:8001]
+            timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
+            retries: How often a request is tried again when the server is overloaded or
+                unavailable. Over all requests retries are limited to a tenth of the successes
+                plus one a second, so that they cannot add to an overload.
+                [VIT_RETRIES, default 4]
+            concurrency: Requests in flight at once, over all calls of this client.
+                [VIT_CONCURRENCY, default 16]
+            token: Sent as "authorization: Bearer …". [VIT_TOKEN]
+            headers: Sent as gRPC metadata with each request.
+                [VIT_HEADERS, as "name: value, name: value"]
+            tls: Whether to use TLS. [VIT_TLS, 0 or 1; default: if the address or a file below
+                asks for it]
+            ca_file: PEM file with the certificates to trust. [VIT_CA_FILE, default gRPC's own]
+            cert_file: PEM file with the client's certificate, for mutual TLS. [VIT_CERT_FILE]
+            key_file: PEM file with its private key. [VIT_KEY_FILE]
+            channel_options: gRPC channel arguments, on top of this client's own.
+
+        Raises:
+            ConfigurationError: A value makes no sense; the message names it.
+        """
+        self._engine = Engine(
+            Settings.resolve(
+                url,
+                timeout=timeout,
+                retries=retries,
+                concurrency=concurrency,
+                token=token,
+                headers=headers,
+                tls=tls,
+                ca_file=ca_file,
+                cert_file=cert_file,
+                key_file=key_file,
+                channel_options=channel_options,
+            )
+        )
+
+    @overload
+    async def classify(  # type: ignore[overload-overlap]  # a str is a sequence of str
+        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+    ) -> list[Prediction]: ...
+    @overload
+    async def classify(
+        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+    ) -> list[list[Prediction]]: ...
+    async def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """What is it? The most likely classes, best first.
+
+        Args:
+            images: One image, or several.
+            top_k: How many classes; at most `model().max_top_k`.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image a list of `top_k` predictions (label, index, score), for several a list
+            of such lists.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+            ValueError: The model has no `top_k` classes to offer.
+        """
+        await self._check_top_k(top_k, timeout)
+        result: list[Any] = await self._ask("classify", images, timeout, top_k)
+        return result
+
+    async def probabilities(
+        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The probability of every class.
+
+        Args:
+            images: One image, or several.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image float32 [C], for N images float32 [N, C]; each row sums to 1. A class's
+            place is `Prediction.index`.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+        """
+        result: npt.NDArray[np.float32] = await self._ask("probabilities", images, timeout)
+        return result
+
+    async def embed(
+        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+    ) -> npt.NDArray[np.float32]:
+        """What is it like? A vector for each image; similar images have similar vectors.
+
+        Compare them by cosine: they are not normalised.
+
+        Args:
+            images: One image, or several.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image float32 [D], for N images float32 [N, D].
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+        """
+        result: npt.NDArray[np.float32] = await self._ask("embed", images, timeout)
+        return result
+
+    async def features(
+        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+    ) -> Features:
+        """Where is what? A vector for each patch of the image.
+
+        Args:
+            images: One image, or several.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            {"neck": map}, for one image float32 [D, h, w], for N images float32 [N, D, h, w].
+            [:, y, x] is the patch in row y from the top and column x from the left. The mean over
+            all patches is what `embed` returns.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+        """
+        result: Features = await self._ask("features", images, timeout)
+        return result
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["classify"],
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[list[Prediction]], None]: ...
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["probabilities", "embed"] = "embed",
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[npt.NDArray[np.float32]], None]: ...
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["features"],
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[Features], None]: ...
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Task = "embed",
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[Any], None]: ...
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Task = "embed",
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[Any], None]:
+        """Answer any number of images, in order, in bounded memory.
+
+        Images are read ahead, sent and answered while you work on earlier ones. A plain iterable
+        is read in a thread of its own, so it may block. Closing the iterator early (leaving the
+        loop, or `close()`/`aclose()`) cancels what is in flight.
+
+        Args:
+            images: Any iterable or async iterable of images.
+            task: "classify", "probabilities", "embed" or "features".
+            top_k: How many classes; for "classify" only.
+            on_error: What to do with an image that cannot be used: "raise" its BadImage when its
+                turn comes, "return" it as an item with `error` set, or "skip" it. All that is not
+                the fault of an image, such as a server that went away, raises in any case.
+            progress: True for a progress bar on standard error (needs the extra "progress"), or
+                a function that is called with the number of images done.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Yields:
+            An Item for each image: `index`, `image`, and `result` as the method of the task
+            would return it for this one image.
+        """
+        batches = self._batches(images, task, top_k, on_error, progress, timeout)
+        return _flatten(batches, on_error)
+
+    async def model(self, *, timeout: float | None = None) -> Model:
+        """What the server serves: name, sizes, classes, precision, whether it is trained.
+
+        The server is asked once for each client.
+
+        Raises:
+            ModelNotServed: A server answers, but it serves other models.
+        """
+        return await self._engine.model(self._timeout(timeout))
+
+    async def health(self, *, timeout: float = 5.0) -> Health:
+        """Whether the server answers, tried with a real image. Returns instead of raising, and
+        does not retry.
+
+        Args:
+            timeout: Seconds for all of it.
+        """
+        return await _health.check(self._engine, check_timeout(timeout))
+
+    async def close(self) -> None:
+        """Cancel what is in flight and close the connection. May be called twice."""
+        await self._engine.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # -- not public --------------------------------------------------------------------------
+
+    def _timeout(self, timeout: float | None) -> float:
+        return self._engine.settings.timeout if timeout is None else check_timeout(timeout)
+
+    async def _check_top_k(self, top_k: int, timeout: float | None) -> None:
+        most = (await self.model(timeout=timeout)).max_top_k
+        if not 1 <= top_k <= most:
+            raise ValueError(f"top_k must be from 1 to {most}, not {top_k}")
+
+    async def _ask(self, task: Task, images: Any, timeout: float | None, top_k: int = 0) -> Any:
+        seconds = self._timeout(timeout)
+        if is_one_image(images):
+            (item,) = await self._engine.chunk(task, [images], 0, seconds, top_k)
+            return _wire.own(task, item.result)
+        items = [
+            item
+            async for batch in self._engine.batches(task, images, seconds, top_k)
+            for item in batch
+        ]
+        errors = [item.error for item in items if item.error is not None]
+        if errors:
+            raise BadImages(
+                errors,
+                [None if item.error else _wire.own(task, item.result) for item in items],
+            )
+        return _wire.stack(task, [item.result for item in items], await self.model())
+
+    def _batches(
+        self,
+        images: Any,
+        task: Task,
+        top_k: int,
+        on_error: OnError,
+        progress: Progress,
+        timeout: float | None,
+    ) -> AsyncGenerator[list[Item[Any]], None]:
+        """What `stream` yields, a chunk at a time. Checks its arguments at once."""
+        _check_choice("task", task, get_args(Task))
+        _check_choice("on_error", on_error, get_args(OnError))
+        if is_one_image(images):
+            raise TypeError(f"stream takes an iterable of images, not one {type(images).__name__}")
+        seconds = self._timeout(timeout)
+        return self._run_batches(images, task, top_k, on_error, progress, seconds)
+
+    async def _run_batches(
+        self,
+        images: Any,
+        task: Task,
+        top_k: int,
+        on_error: OnError,
+        progress: Progress,
+        timeout: float,
+    ) -> AsyncGenerator[list[Item[Any]], None]:
+        if task == "classify":
+            await self._check_top_k(top_k, timeout)
+        batches = self._engine.batches(task, images, timeout, top_k)
+        with Meter(progress, images) as meter:
+            try:
+                async for batch in batches:
+                    yield _settle(batch, task, on_error)
+                    meter.add(len(batch))
+            finally:
+                await batches.aclose()
+
+
+async def _flatten(
+    batches: AsyncGenerator[list[Item[Any]], None], on_error: OnError
+) -> AsyncGenerator[Item[Any], None]:
+    try:
+        async for batch in batches:
+            for item in batch:
+                if item.error is not None and on_error == "raise":
+                    raise item.error
+                yield item
+    finally:
+        await batches.aclose()
+
+
+def _settle(batch: list[Item[Any]], task: Task, on_error: OnError) -> list[Item[Any]]:
+    """Items that the caller may keep: detached from the response they came in."""
+    return [
+        item if item.error else Item(item.index, item.image, _wire.own(task, item.result))
+        for item in batch
+        if item.error is None or on_error != "skip"
+    ]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

@@ -1,0 +1,101 @@
+"""Runs an AsyncClient on an event loop in a thread of its own, for `Client`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from typing import Any
+
+from ._async import AsyncClient
+from ._engine import forked
+from .errors import ClientClosed
+from .types import Item, OnError
+
+
+class Bridge:
+    """The thread starts with the first call, so that a client which was made before a fork, and
+    not used, works in the child."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self.client = client
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._pid = 0
+        self._closed = False
+
+    def run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """Wait for `call`. If the wait is interrupted, by Ctrl-C for one, cancel it."""
+        try:
+            loop = self._running_loop()
+        except BaseException:
+            call.close()  # or Python warns that it was never awaited
+            raise
+        future = asyncio.run_coroutine_threadsafe(call, loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stream(
+        self, batches: AsyncGenerator[list[Item[Any]], None], on_error: OnError
+    ) -> Generator[Item[Any], None, None]:
+        """Iterate over `batches`. One trip to the other thread for each chunk, not each item."""
+        try:
+            while (batch := self.run(_next(batches))) is not None:
+                for item in batch:
+                    if item.error is not None and on_error == "raise":
+                        raise item.error
+                    yield item
+        finally:
+            if not self._closed and self._pid in (0, os.getpid()):
+                self.run(_close(batches))
+
+    def close(self) -> None:
+        """Close the client and end the thread."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            loop, thread = self._loop, self._thread
+        if loop is None or thread is None or self._pid != os.getpid():
+            return
+        asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    async def _shut_down(self) -> None:
+        await self.client.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._closed:
+                raise ClientClosed("this client is closed")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._pid = os.getpid()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="vit-client", daemon=True
+                )
+                self._thread.start()
+            elif self._pid != os.getpid():
+                raise ClientClosed(forked(self._pid))
+            elif threading.current_thread() is self._thread:
+                raise ClientClosed("a Client cannot wait for itself: use AsyncClient in callbacks")
+            return self._loop
+
+
+async def _next(batches: AsyncGenerator[list[Item[Any]], None]) -> list[Item[Any]] | None:
+    return await anext(batches, None)
+
+
+async def _close(batches: AsyncGenerator[list[Item[Any]], None]) -> None:
+    await batches.aclose()

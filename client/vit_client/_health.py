@@ -1,0 +1,51 @@
+"""Is the server there, and does it answer?"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from tritonclient.grpc import service_pb2 as pb
+
+from . import _wire
+from .errors import VitClientError
+from .types import Health
+
+if TYPE_CHECKING:
+    from ._engine import Engine
+
+_TASK = "embed"
+_ONE_PIXEL = b"P6 1 1 255\n\x80\x80\x80"
+
+
+async def check(engine: Engine, timeout: float) -> Health:
+    """Ask the server how it is, then give it an image: it may call itself ready while one of
+    its models has died and every request fails."""
+    live = ready = False
+    server = problem = ""
+    latency = None
+    deadline = time.monotonic() + timeout
+
+    async def ask(method: str, message: Any, task: str | None = None) -> Any:
+        left = max(0.001, deadline - time.monotonic())
+        return await engine.call(method, message, timeout=left, task=task, retries=0)
+
+    try:
+        live = (await ask("ServerLive", pb.ServerLiveRequest())).live
+        about = await ask("ServerMetadata", pb.ServerMetadataRequest())
+        server = f"{about.name} {about.version}"
+        ready = (await ask("ServerReady", pb.ServerReadyRequest())).ready
+        started = time.monotonic()
+        answer = await ask("ModelInfer", _wire.request(_TASK, [_ONE_PIXEL]), _TASK)
+        _wire.answer(_TASK, answer, 0)
+        latency = time.monotonic() - started
+    except VitClientError as error:
+        problem = error.message
+    return Health(
+        live=live,
+        ready=ready,
+        answering=latency is not None,
+        latency=latency,
+        server=server,
+        problem=problem,
+    )

@@ -1,0 +1,141 @@
+"""Any image that a caller may hold, as the bytes of one encoded file."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .types import ImageLike
+
+ENCODED = (bytes, bytearray, memoryview)
+
+# PIL opens files lazily, and two threads must not load the same image at once. One of these locks
+# is picked by the image's identity, so that different images still load side by side.
+_LOCKS = [threading.Lock() for _ in range(16)]
+
+
+class Unusable(Exception):
+    """Why something is not an image, in a few words."""
+
+
+class Refused(Unusable):
+    """The same in the server's words."""
+
+
+def is_one_image(value: Any) -> bool:
+    """Whether `value` is one image rather than several: everything that is not a collection."""
+    return (
+        isinstance(value, (str, os.PathLike, np.ndarray, *ENCODED))
+        or hasattr(value, "read")
+        or not (hasattr(value, "__iter__") or hasattr(value, "__aiter__"))
+    )
+
+
+def name_of(image: ImageLike) -> str | None:
+    """Path or file name, for messages; None for what has none."""
+    if isinstance(image, (str, os.PathLike)):
+        return os.fspath(image)
+    # File objects have `name`, PIL images that came from a file have `filename`.
+    name = getattr(image, "name", None) or getattr(image, "filename", None)
+    return name if isinstance(name, str) else None
+
+
+def encode(image: ImageLike, size: tuple[int, int]) -> bytes:
+    """The image as an encoded file. Files and bytes pass unchanged, whatever their format.
+
+    PIL images and arrays become PPM, which costs no more than a copy. They are first scaled to
+    `size` (height, width) if that makes them smaller, just as the server would: it then finds
+    nothing left to scale and ends up with the same pixels, bit for bit.
+
+    Raises:
+        Unusable: if there is no such file, or the value is no image.
+    """
+    if isinstance(image, ENCODED):
+        data = bytes(image)
+    elif isinstance(image, (str, os.PathLike)):
+        data = _read(Path(image))
+    elif isinstance(image, np.ndarray):
+        data = _ppm(_from_array(image), size)
+    elif hasattr(image, "read"):
+        data = _read_open(image)
+    else:
+        data = _ppm(_from_pil(image), size)
+    if not data:
+        raise Unusable("is empty")
+    return data
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unusable((error.strerror or str(error)).lower()) from None
+    except ValueError as error:  # a NUL in the name
+        raise Unusable(str(error)) from None
+
+
+def _read_open(file: Any) -> bytes:
+    try:
+        data = file.read()
+    except (OSError, ValueError) as error:  # ValueError: the file is closed
+        raise Unusable(str(error)) from None
+    if not isinstance(data, bytes):
+        raise Unusable('is open as text; open it with "rb"')
+    return data
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    from PIL import Image
+
+    what = f"array of {array.dtype} {list(array.shape)} is not uint8 [height, width, 3]"
+    if array.ndim == 4:
+        raise Unusable(f"{what}: for a batch pass list(array)")
+    if array.ndim == 2:
+        raise Unusable(f"{what}: for grey pixels pass PIL.Image.fromarray(array)")
+    if array.ndim != 3:
+        raise Unusable(what)
+    if array.shape[2] != 3:
+        if array.shape[0] == 3:
+            raise Unusable(f"{what}: put the channels last with array.transpose(1, 2, 0)")
+        raise Unusable(what)
+    if array.dtype != np.uint8:
+        raise Unusable(f"{what}: scale it to 0…255 and convert with astype('uint8')")
+    if array.size == 0:
+        raise Unusable(f"{what}: it has no pixels")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_pil(image: Any) -> Image.Image:
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        raise Unusable(
+            f"{type(image).__name__} is not an image: give a path, "
+            "bytes, a binary file, a PIL image or a uint8 array [height, width, 3]"
+        )
+    try:
+        with _LOCKS[hash(id(image)) % len(_LOCKS)]:
+            image.load()
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # truncated, closed or broken files
+        raise Unusable(str(error)) from None
+
+
+def _ppm(image: Image.Image, size: tuple[int, int]) -> bytes:
+    from PIL import Image
+
+    height, width = size
+    if image.width * image.height > width * height:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    out = io.BytesIO()
+    out.write(b"P6 %d %d 255\n" % image.size)
+    out.write(image.tobytes())
+    return out.getvalue()

@@ -1,0 +1,46 @@
+"""Progress of a stream: a bar, a function, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .errors import ConfigurationError
+
+Progress = bool | Callable[[int], object]
+
+
+class Meter:
+    """Counts images."""
+
+    def __init__(self, progress: Progress, images: Any) -> None:
+        self._done = 0
+        self._tell = progress if callable(progress) else None
+        self._bar: Any = None
+        if progress is True:
+            self._bar = _bar(len(images) if hasattr(images, "__len__") else None)
+
+    def add(self, count: int) -> None:
+        """`count` more images are done."""
+        self._done += count
+        if self._tell is not None:
+            self._tell(self._done)
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _bar(total: int | None) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ConfigurationError(
+            'progress=True needs tqdm: pip install "vit-client[progress]"'
+        ) from None
+    return tqdm(total=total, unit="image", smoothing=0.05, dynamic_ncols=True)

@@ -1,0 +1,44 @@
+"""When to try again, and how to keep that from becoming a storm."""
+
+from __future__ import annotations
+
+import random
+import time
+
+_FIRST_DELAY = 0.25
+_MAX_DELAY = 5.0
+
+_BURST = 10.0
+_PER_SECOND = 1.0
+_PER_SUCCESS = 0.1
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait after failed attempt number `attempt`, from 0. Doubles, with full jitter,
+    so that clients which failed together do not come back together."""
+    return random.uniform(0, min(_MAX_DELAY, _FIRST_DELAY * 2**attempt))
+
+
+class RetryBudget:
+    """Limits the retries of one client, over all its calls, to one for each ten successes, plus
+    one a second, plus a burst of ten. However many calls an overloaded server turns away, the
+    retries stay few; a call whose retry is not due before its deadline fails without it."""
+
+    def __init__(self) -> None:
+        self._tokens = _BURST
+        self._updated = time.monotonic()
+
+    def success(self) -> None:
+        """Earn a part of a retry."""
+        self._tokens = min(_BURST, self._tokens + _PER_SUCCESS)
+
+    def reserve(self) -> float:
+        """Take one retry; returns the seconds until it may start."""
+        now = time.monotonic()
+        self._tokens = min(_BURST, self._tokens + (now - self._updated) * _PER_SECOND) - 1
+        self._updated = now
+        return max(0.0, -self._tokens / _PER_SECOND)
+
+    def give_back(self) -> None:
+        """Return a reserved retry that will not be used."""
+        self._tokens = min(_BURST, self._tokens + 1)

@@ -1,0 +1,318 @@
+"""`Client`. Generated from _async.py by tools/make_sync.py: change it there.
+
+How it works is in _bridge.py: an AsyncClient on a thread of its own.
+"""
+# mypy: disable-error-code="overload-overlap, no-any-return"
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterable, Generator, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ._async import AsyncClient
+from ._bridge import Bridge
+from ._channel import ChannelOptions
+from ._progress import Progress
+from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
+
+
+class Client:
+    """Asks a Triton server what is in images.
+
+    Use it in `with`, or call `close()`. One client is enough for a program: it may be
+    shared by any number of threads, and a connection costs more than a request. It does not
+    survive a fork: make it in the process that uses it.
+
+    Wherever a method takes an image, that is a path, the bytes of an image file, an open binary
+    file, a PIL image, or a uint8 array [height, width, 3] in RGB order. One image gives one
+    result; a list gives the results of all, in order, and may be of any length: it is sent in
+    requests of a size that the server accepts, several at once. For more than fits in memory
+    there is `stream`.
+
+    Every method that asks the server may raise any of `vit_client.errors`, and takes `timeout`:
+    the seconds that one request may take, with everything that belongs to it: waiting for its
+    turn, sending, the server's work, retries and the pauses between them. A long list takes
+    several requests.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        timeout: float | None = None,
+        retries: int | None = None,
+        concurrency: int | None = None,
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        tls: bool | None = None,
+        ca_file: str | os.PathLike[str] | None = None,
+        cert_file: str | os.PathLike[str] | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+        channel_options: ChannelOptions | None = None,
+    ) -> None:
+        """Set up a client. It connects when it is first used.
+
+        What is not given is taken from the environment variable in brackets, then from the
+        default.
+
+        Args:
+            url: Where the server listens for gRPC: "host:port", "grpcs://host:port" for TLS,
+                or any gRPC name such as "dns:///vit.example:8001". The requests go in turn to
+                all addresses that a name resolves to. [VIT_URL, default localhost:8001]
+            timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
+            retries: How often a request is tried again when the server is overloaded or
+                unavailable. Over all requests retries are limited to a tenth of the successes
+                plus one a second, so that they cannot add to an overload.
+                [VIT_RETRIES, default 4]
+            concurrency: Requests in flight at once, over all calls of this client.
+                [VIT_CONCURRENCY, default 16]
+            token: Sent as "authorization: Bearer …". [VIT_TOKEN]
+            headers: Sent as gRPC metadata with each request.
+                [VIT_HEADERS, as "name: value, name: value"]
+            tls: Whether to use TLS. [VIT_TLS, 0 or 1; default: if the address or a file below
+                asks for it]
+            ca_file: PEM file with the certificates to trust. [VIT_CA_FILE, default gRPC's own]
+            cert_file: PEM file with the client's certificate, for mutual TLS. [VIT_CERT_FILE]
+            key_file: PEM file with its private key. [VIT_KEY_FILE]
+            channel_options: gRPC channel arguments, on top of this client's own.
+
+        Raises:
+            ConfigurationError: A value makes no sense; the message names it.
+        """
+        self._bridge = Bridge(
+            AsyncClient(
+                url,
+                timeout=timeout,
+                retries=retries,
+                concurrency=concurrency,
+                token=token,
+                headers=headers,
+                tls=tls,
+                ca_file=ca_file,
+                cert_file=cert_file,
+                key_file=key_file,
+                channel_options=channel_options,
+            )
+        )
+
+    @overload
+    def classify(
+        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+    ) -> list[Prediction]: ...
+
+    @overload
+    def classify(
+        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+    ) -> list[list[Prediction]]: ...
+
+    def classify(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """What is it? The most likely classes, best first.
+
+        Args:
+            images: One image, or several.
+            top_k: How many classes; at most `model().max_top_k`.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image a list of `top_k` predictions (label, index, score), for several a list
+            of such lists.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+            ValueError: The model has no `top_k` classes to offer.
+        """
+        return self._bridge.run(self._bridge.client.classify(images, top_k=top_k, timeout=timeout))
+
+    def probabilities(
+        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The probability of every class.
+
+        Args:
+            images: One image, or several.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image float32 [C], for N images float32 [N, C]; each row sums to 1. A class's
+            place is `Prediction.index`.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+        """
+        return self._bridge.run(self._bridge.client.probabilities(images, timeout=timeout))
+
+    def embed(
+        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+    ) -> npt.NDArray[np.float32]:
+        """What is it like? A vector for each image; similar images have similar vectors.
+
+        Compare them by cosine: they are not normalised.
+
+        Args:
+            images: One image, or several.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image float32 [D], for N images float32 [N, D].
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+        """
+        return self._bridge.run(self._bridge.client.embed(images, timeout=timeout))
+
+    def features(
+        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+    ) -> Features:
+        """Where is what? A vector for each patch of the image.
+
+        Args:
+            images: One image, or several.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            {"neck": map}, for one image float32 [D, h, w], for N images float32 [N, D, h, w].
+            [:, y, x] is the patch in row y from the top and column x from the left. The mean over
+            all patches is what `embed` returns.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+        """
+        return self._bridge.run(self._bridge.client.features(images, timeout=timeout))
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["classify"],
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[list[Prediction]], None, None]: ...
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["probabilities", "embed"] = "embed",
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[npt.NDArray[np.float32]], None, None]: ...
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["features"],
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[Features], None, None]: ...
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Task = "embed",
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[Any], None, None]: ...
+
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Task = "embed",
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[Any], None, None]:
+        """Answer any number of images, in order, in bounded memory.
+
+        Images are read ahead, sent and answered while you work on earlier ones. A plain iterable
+        is read in a thread of its own, so it may block. Closing the iterator early (leaving the
+        loop, or `close()`/`aclose()`) cancels what is in flight.
+
+        Args:
+            images: Any iterable or async iterable of images.
+            task: "classify", "probabilities", "embed" or "features".
+            top_k: How many classes; for "classify" only.
+            on_error: What to do with an image that cannot be used: "raise" its BadImage when its
+                turn comes, "return" it as an item with `error` set, or "skip" it. All that is not
+                the fault of an image, such as a server that went away, raises in any case.
+            progress: True for a progress bar on standard error (needs the extra "progress"), or
+                a function that is called with the number of images done.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Yields:
+            An Item for each image: `index`, `image`, and `result` as the method of the task
+            would return it for this one image.
+        """
+        return self._bridge.stream(
+            self._bridge.client._batches(
+                images=images,
+                task=task,
+                top_k=top_k,
+                on_error=on_error,
+                progress=progress,
+                timeout=timeout,
+            ),
+            on_error,
+        )
+
+    def model(self, *, timeout: float | None = None) -> Model:
+        """What the server serves: name, sizes, classes, precision, whether it is trained.
+
+        The server is asked once for each client.
+
+        Raises:
+            ModelNotServed: A server answers, but it serves other models.
+        """
+        return self._bridge.run(self._bridge.client.model(timeout=timeout))
+
+    def health(self, *, timeout: float = 5.0) -> Health:
+        """Whether the server answers, tried with a real image. Returns instead of raising, and
+        does not retry.
+
+        Args:
+            timeout: Seconds for all of it.
+        """
+        return self._bridge.run(self._bridge.client.health(timeout=timeout))
+
+    def close(self) -> None:
+        """Cancel what is in flight and close the connection. May be called twice."""
+        self._bridge.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

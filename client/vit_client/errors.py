@@ -1,0 +1,218 @@
+"""Every error this package raises on purpose.
+
+    VitClientError          catch this one to catch them all
+    ├── ConfigurationError  a setting makes no sense (also a ValueError)
+    ├── ClientClosed        the client was used after close(), after fork or in another event loop
+    ├── BadImage            one image cannot be read or decoded; the others are fine
+    │   └── BadImages       some images of a list; carries every other image's answer
+    ├── InvalidRequest      the server refused the request itself
+    ├── AccessDenied        no or wrong token, header or certificate
+    ├── ModelNotServed      a server answered, but it does not serve these models
+    ├── Overloaded          the server is up and has too much to do
+    ├── Unavailable         no server could be reached, or it went away
+    ├── DeadlineExceeded    no answer in time (also a TimeoutError)
+    └── ServerError         the server failed while answering
+
+Whether trying again helps is told by `retryable`. It is true for `Overloaded` and `Unavailable`
+only, and when you see one of these the client has already tried again, as often and for as long
+as its settings allow. After `DeadlineExceeded` a larger `timeout=` may help. All other errors
+come back the same until the image, the setting or the server is changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import grpc
+
+__all__ = [
+    "AccessDenied",
+    "BadImage",
+    "BadImages",
+    "ClientClosed",
+    "ConfigurationError",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "ModelNotServed",
+    "Overloaded",
+    "ServerError",
+    "Unavailable",
+    "VitClientError",
+]
+
+
+class VitClientError(Exception):
+    """The root of the tree.
+
+    Attributes:
+        message: what went wrong, as one readable text; `str(error)` is the same.
+        task: "classify", "probabilities", "embed" or "features", or None outside of these.
+        details: the server's own words, or None where the server said nothing.
+    """
+
+    retryable: ClassVar[bool] = False
+    """Whether the same call may succeed later with nothing changed."""
+
+    def __init__(
+        self, message: str, *, task: str | None = None, details: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.task = task
+        self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle by their positional arguments, which would lose the attributes:
+        # a multiprocessing worker could not hand its error to the parent.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[VitClientError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(VitClientError, ValueError):
+    """A constructor argument or VIT_… variable makes no sense. The message names it."""
+
+
+class ClientClosed(VitClientError):
+    """The client cannot be used any more, or not from here: make a new one."""
+
+
+class BadImage(VitClientError):
+    """One image cannot be used: no such file, not an image, truncated, far too large.
+
+    Attributes:
+        index: position of the image among those given to the call, from 0.
+        name: path or file name of the image, or None for bytes, arrays and the like.
+        reason: what is wrong with it, in a few words.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        index: int,
+        name: str | None,
+        task: str | None = None,
+        details: str | None = None,
+    ) -> None:
+        where = name if name is not None else f"image {index}"
+        super().__init__(f"{where}: {reason}", task=task, details=details)
+        self.index = index
+        self.name = name
+        self.reason = reason
+
+
+class BadImages(BadImage):
+    """Some images of a list cannot be used; the answers of all others are in `results`.
+
+    As a BadImage it stands for the first of them (`index`, `name`, `reason`).
+
+    Attributes:
+        errors: a BadImage for each image that failed, in order.
+        results: one entry an image, in order: its answer, as the same call with this image alone
+            would return it, or None for the ones in `errors`.
+    """
+
+    def __init__(self, errors: list[BadImage], results: list[Any]) -> None:
+        first = errors[0]
+        super().__init__(first.reason, index=first.index, name=first.name, task=first.task)
+        self.details = first.details
+        self.errors = errors
+        self.results = results
+        if len(errors) > 1:
+            self.message += f" (and {len(errors) - 1} more of {len(results)} images)"
+            self.args = (self.message,)
+
+
+class InvalidRequest(VitClientError):
+    """The server refused the request: the message has its reason. Never retried."""
+
+
+class AccessDenied(VitClientError):
+    """The server, or a proxy before it, wants another token, header or certificate."""
+
+
+class ModelNotServed(VitClientError):
+    """A server answered, but does not serve (or has not loaded) the models this client needs."""
+
+
+class Overloaded(VitClientError):
+    """The server's queue is full, or the request waited in it for too long. Send less, or later."""
+
+    retryable = True
+
+
+class Unavailable(VitClientError):
+    """No server could be reached at the address, or the connection broke."""
+
+    retryable = True
+
+
+class DeadlineExceeded(VitClientError, TimeoutError):
+    """There was no answer within the timeout, retries included."""
+
+
+class ServerError(VitClientError):
+    """The server failed while it answered; its log knows more."""
+
+
+_OVERLOAD_TEXTS = ("exceeds maximum queue size", "request timeout expired")
+
+_BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest,  # a message over the server's limit
+    grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.NOT_FOUND: ModelNotServed,
+    grpc.StatusCode.UNIMPLEMENTED: ModelNotServed,  # some other gRPC server
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+
+def from_grpc(
+    error: grpc.RpcError, *, url: str, task: str | None, timeout: float
+) -> VitClientError:
+    """Turn a gRPC error into ours. This is the one place that reads gRPC status codes.
+
+    Triton answers UNAVAILABLE for a full queue, an expired wait in the queue and a model that is
+    not loaded as well as for a server that is gone, so those are told apart by their text.
+    """
+    code: grpc.StatusCode = error.code()
+    details: str = error.details() or ""
+    lower = details.lower()
+    kind = _BY_CODE.get(code, ServerError)
+    if any(text in lower for text in _OVERLOAD_TEXTS):
+        kind = Overloaded
+    elif "request for unknown model" in lower:
+        kind = ModelNotServed
+    return kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
+
+
+def _message(
+    kind: type[VitClientError], code: grpc.StatusCode, details: str, url: str, timeout: float
+) -> str:
+    if kind is Unavailable:
+        hint = ""
+        if "http1.x" in details:
+            hint = "; this looks like Triton's HTTP port, gRPC listens on another one (8001)"
+        elif "ssl" in details.lower() or "handshake" in details.lower():
+            hint = "; is it TLS on one side and plain text on the other?"
+        return f"no server at {url}{hint} ({details})"
+    if kind is DeadlineExceeded:
+        return f"no answer from {url} within {timeout:g} s"
+    if kind is Overloaded:
+        return f"the server at {url} is overloaded ({details})"
+    if kind is ModelNotServed:
+        return f"the server at {url} does not serve the vit models ({details})"
+    if kind is AccessDenied:
+        return f"the server at {url} denied access ({details or code.name})"
+    if kind is InvalidRequest:
+        return f"the server refused the request ({details})"
+    return f"the server failed ({code.name}: {details})"

@@ -1,0 +1,37 @@
+"""Clients of the tiny model, and images to ask about."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from vit_client import Client
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="session")
+def url(tiny_server: Any) -> str:
+    """Where the tiny model is served."""
+    return str(tiny_server.url)
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+def pixels(seed: int, height: int = 64, width: int = 64) -> Pixels:
+    """Noise, different for each seed."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    """An image file, different for each seed."""
+    file = io.BytesIO()
+    Image.fromarray(pixels(seed)).save(file, kind)
+    return file.getvalue()

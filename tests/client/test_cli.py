@@ -1,0 +1,130 @@
+"""The command, run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import encoded
+
+COMMAND = str(Path(sys.executable).parent / "vit-client")
+
+
+def vit_client(
+    url: str, *arguments: object, stdin: bytes = b""
+) -> "subprocess.CompletedProcess[str]":
+    ran = subprocess.run(
+        [COMMAND, *map(str, arguments)],
+        env={**os.environ, "VIT_URL": url},
+        input=stdin,
+        capture_output=True,
+        timeout=60,
+    )
+    assert b"Traceback" not in ran.stderr, ran.stderr.decode()
+    return subprocess.CompletedProcess(
+        ran.args, ran.returncode, ran.stdout.decode(), ran.stderr.decode()
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images, one of them in a subfolder, one in a hidden one, and a text."""
+    for number, name in enumerate(["a.png", "b.JPG", "sub/c.webp", ".hidden/d.png"]):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(number))
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_classify_in_text(url: str, folder: Path) -> None:
+    ran = vit_client(url, "classify", folder / "a.png", "-k", 2)
+    name, first, second = ran.stdout.splitlines()
+    assert name == str(folder / "a.png")
+    assert "%" in first
+    assert "%" in second
+    assert ran.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "length"),
+    [("classify", "predictions", 5), ("probabilities", "probabilities", 12),
+     ("embed", "embedding", 64), ("features", "neck", 64)],
+)  # fmt: skip
+def test_json_has_a_line_for_each_image(
+    url: str, folder: Path, task: str, key: str, length: int
+) -> None:
+    ran = vit_client(url, task, folder, "--json")
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["a.png", "b.JPG", "c.webp"]
+    assert all(len(row[key]) == length for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "rows"), [("classify", 5, 15), ("probabilities", 13, 3), ("embed", 65, 3)]
+)
+def test_csv_has_a_header(url: str, folder: Path, task: str, columns: int, rows: int) -> None:
+    lines = vit_client(url, task, folder, "--csv").stdout.splitlines()
+    assert len(lines) == rows + 1
+    assert lines[0].startswith("image,")
+    assert lines[0].count(",") == columns - 1
+
+
+@pytest.mark.parametrize("task", ["classify", "probabilities", "embed", "features"])
+def test_text_names_the_image(url: str, folder: Path, task: str) -> None:
+    ran = vit_client(url, task, folder / "a.png")
+    assert ran.stdout.startswith(str(folder / "a.png"))
+    assert ran.returncode == 0
+
+
+def test_standard_input(url: str) -> None:
+    ran = vit_client(url, "embed", "-", "--json", stdin=encoded(0))
+    assert json.loads(ran.stdout)["image"] == "-"
+
+
+def test_patterns(url: str, folder: Path) -> None:
+    ran = vit_client(url, "embed", folder / "**" / "*.webp", "--json")
+    assert json.loads(ran.stdout)["image"].endswith("c.webp")
+    ran = vit_client(url, "embed", folder / "*.nothing")
+    assert "no file matches" in ran.stderr
+    assert ran.returncode == 2
+
+
+def test_a_file_that_fails_is_reported_and_the_rest_go_on(url: str, folder: Path) -> None:
+    ran = vit_client(url, "embed", folder / "missing.png", folder / "notes.txt", folder, "--json")
+    assert len(ran.stdout.splitlines()) == 3
+    assert "missing.png: no such file" in ran.stderr
+    assert "notes.txt: " in ran.stderr
+    assert ran.returncode == 1
+
+
+def test_an_untrained_model_is_warned_of(url: str, folder: Path) -> None:
+    """The tiny model is one with given weights, which the server calls trained."""
+    assert "untrained" not in vit_client(url, "classify", folder / "a.png").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["embed", "x.png", "--url", "localhost:1"], 3, "no server at localhost:1"),
+        (["embed", "x.png", "--url", "http://localhost:1"], 2, "HTTP address"),
+        (["embed", "x.png", "--timeout", "-1"], 2, "timeout must be"),
+        (["classify", "x.png", "-k", "13"], 2, "top_k must be from 1 to 12"),
+        (["embed"], 2, "required: IMAGE"),
+        (["nonsense"], 2, "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_clear_line(url: str, arguments: list[str], code: int, words: str) -> None:
+    ran = vit_client(url, *arguments)
+    assert ran.returncode == code
+    assert words in ran.stderr
+    assert ran.stdout == ""
+
+
+def test_help_teaches() -> None:
+    ran = vit_client("", "--help")
+    for word in ("classify", "probabilities", "embed", "features", "VIT_URL", "Exit codes"):
+        assert word in ran.stdout
