@@ -44,15 +44,16 @@ class Bridge:
         self, batches: AsyncGenerator[list[Item[Any]], None], on_error: OnError
     ) -> Generator[Item[Any], None, None]:
         """Iterate over `batches`. One trip to the other thread for each chunk, not each item."""
+        source = _Source(batches)
         try:
-            while (batch := self.run(_next(batches))) is not None:
+            while (batch := self.run(source.next())) is not None:
                 for item in batch:
                     if item.error is not None and on_error == "raise":
                         raise item.error
                     yield item
         finally:
             if not self._closed and self._pid in (0, os.getpid()):
-                self.run(_close(batches))
+                self.run(source.close())
 
     def close(self) -> None:
         """Close the client and end the thread."""
@@ -93,9 +94,18 @@ class Bridge:
             return self._loop
 
 
-async def _next(batches: AsyncGenerator[list[Item[Any]], None]) -> list[Item[Any]] | None:
-    return await anext(batches, None)
+class _Source:
+    """Batches, with a close that waits for an interrupted next: a generator that still cleans up
+    cannot be closed."""
 
+    def __init__(self, batches: AsyncGenerator[list[Item[Any]], None]) -> None:
+        self._batches = batches
+        self._turn = asyncio.Lock()
 
-async def _close(batches: AsyncGenerator[list[Item[Any]], None]) -> None:
-    await batches.aclose()
+    async def next(self) -> list[Item[Any]] | None:
+        async with self._turn:
+            return await anext(self._batches, None)
+
+    async def close(self) -> None:
+        async with self._turn:
+            await self._batches.aclose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from .errors import ConfigurationError
@@ -38,7 +39,8 @@ class Meter:
 
 def _bar(total: int | None) -> Any:
     try:
-        from tqdm import tqdm
+        # By name, because it is an extra: without it, type checkers would stop here.
+        tqdm = import_module("tqdm").tqdm
     except ImportError:
         raise ConfigurationError(
             'progress=True needs tqdm: pip install "vit-client[progress]"'

@@ -6,22 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import (
-    ConfigurationError,
-    DeadlineExceeded,
-    VitClientError,
-)
+from ..errors import BadImage, ConfigurationError, DeadlineExceeded, VitClientError
+from ._common import IMAGES_FAILED, INTERRUPTED, NO_ANSWER, OK, REFUSED, USAGE
 from ._parser import parser
 from ._report import error
-
-OK, IMAGES_FAILED, USAGE, NO_ANSWER, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; `--help` lists them."""
     options = parser().parse_args(arguments)
     try:
-        failed: int = options.run(options)
+        code: int = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         error("interrupted")
@@ -32,10 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     except VitClientError as failure:
         error(str(failure))
-        if isinstance(failure, ConfigurationError):
-            return USAGE
-        return NO_ANSWER if failure.retryable or isinstance(failure, DeadlineExceeded) else REFUSED
+        return _code_of(failure)
     except (OSError, ValueError) as failure:  # an unwritable output, a top_k out of range
         error(str(failure))
         return USAGE
-    return IMAGES_FAILED if failed else OK
+    return code
+
+
+def _code_of(failure: VitClientError) -> int:
+    if isinstance(failure, BadImage):
+        return IMAGES_FAILED
+    if isinstance(failure, ConfigurationError):
+        return USAGE
+    if failure.retryable or isinstance(failure, DeadlineExceeded):
+        return NO_ANSWER
+    return REFUSED

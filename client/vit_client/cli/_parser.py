@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from . import _verbs
+from .. import __version__
+from ._answers import answer
+from ._embed import embed_to_file
+from ._features import features_to_file
+from ._health import health
+from ._similar import similar
 
 _DESCRIPTION = """\
 Ask a Triton server what is in images.
 
-  vit-client classify cat.jpg              what is it? the best five classes
-  vit-client classify photos/ --json       every image below a folder, JSON lines
-  vit-client embed photos/ --csv           what is it like? a vector for each image
-  vit-client features cat.jpg              where is what? a vector for each patch
+  vit-client classify cat.jpg                    what is it? the best five classes
+  vit-client classify photos/ --json             every image below a folder, as JSON lines
+  vit-client embed photos/ -o photos.npz         what is it like? a vector for each image
+  vit-client similar cat.jpg --to photos.npz     the images most like this one
+  vit-client features cat.jpg --picture out.png  where is what? patches alike in one colour
+  vit-client health                              is the server there, and what does it serve?
 """
 
-_EPILOG = """\
+_IMAGES = """\
 An IMAGE is a file, a folder (with all its subfolders), a quoted pattern such as 'img/**/*.jpg',
 or - for one image on standard input.
+"""
 
+_ENVIRONMENT = """\
 Settings come from the environment too: VIT_URL, VIT_TIMEOUT, VIT_RETRIES, VIT_CONCURRENCY,
 VIT_TOKEN, VIT_HEADERS ("name: value, …"), VIT_TLS, VIT_CA_FILE, VIT_CERT_FILE, VIT_KEY_FILE.
+"""
 
+_EXIT_CODES = """\
 Exit codes: 0 all answered, 1 some images could not be used (the others were answered), 2 wrong
 usage, 3 no server, no answer in time or overloaded (later may work), 4 the server refused or
 failed, 130 interrupted.
@@ -30,43 +42,118 @@ failed, 130 interrupted.
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28, width=98)
+        super().__init__(prog, max_help_position=30, width=98)
 
 
 def parser() -> argparse.ArgumentParser:
     """All of the command line."""
     top = argparse.ArgumentParser(
-        "vit-client", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=_Help
+        "vit-client",
+        description=_DESCRIPTION,
+        epilog="\n".join([_IMAGES, _ENVIRONMENT, _EXIT_CODES]),
+        formatter_class=_Help,
     )
+    top.add_argument("--version", action="version", version=f"vit-client {__version__}")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    classify = _verb(verbs, "classify", "the most likely classes, best first", csv=True)
-    classify.add_argument(
-        "-k", "--top-k", type=int, default=5, metavar="N", help="how many classes (default 5)"
-    )
-    _verb(verbs, "probabilities", "the probability of every class", csv=True)
-    _verb(verbs, "embed", "a vector for each image; similar images have similar ones", csv=True)
-    _verb(verbs, "features", "a vector for each patch of an image", csv=False)
+    _classify(verbs)
+    _probabilities(verbs)
+    _embed(verbs)
+    _features(verbs)
+    _similar(verbs)
+    _health(verbs)
     return top
 
 
-def _verb(
-    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, what: str, *, csv: bool
-) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(
-        name, help=what, description=what.capitalize() + ".", epilog=_EPILOG, formatter_class=_Help
+def _classify(verbs: Any) -> None:
+    verb = _verb(verbs, "classify", "the most likely classes, best first", answer, _IMAGES)
+    _takes_images(verb)
+    verb.add_argument(
+        "-k", "--top-k", type=int, default=5, metavar="N", help="how many classes (default 5)"
     )
-    verb.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, pattern or -")
-    form = verb.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print one JSON object a line")
-    if csv:
-        form.add_argument("--csv", action="store_true", help="print a table with a header")
-    _server(verb)
-    verb.set_defaults(run=_verbs.answer, task=name)
-    return verb
+    _prints(verb, csv=True)
 
 
-def _server(verb: argparse.ArgumentParser) -> None:
+def _probabilities(verbs: Any) -> None:
+    verb = _verb(verbs, "probabilities", "the probability of every class", answer, _IMAGES)
+    _takes_images(verb)
+    _prints(verb, csv=True)
+
+
+def _embed(verbs: Any) -> None:
+    what = "a vector for each image; similar images have similar vectors"
+    verb = _verb(verbs, "embed", what, _embed_anywhere, _IMAGES)
+    _takes_images(verb)
+    form = _prints(verb, csv=True)
+    form.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="write a .npz, .safetensors or .parquet file; interrupted, the same command goes on",
+    )
+
+
+def _features(verbs: Any) -> None:
+    verb = _verb(verbs, "features", "a vector for each patch of an image", _features_anywhere, "")
+    _takes_images(verb)
+    _prints(verb, csv=False)
+    verb.add_argument(
+        "-o", "--output", metavar="FILE", help="write the map to a .safetensors or .npz file"
+    )
+    verb.add_argument(
+        "--picture",
+        metavar="FILE",
+        help="draw the image and its map, the first three principal components as colours",
+    )
+
+
+def _similar(verbs: Any) -> None:
+    what = "the images most like a query, by cosine of their vectors"
+    verb = _verb(verbs, "similar", what, similar, "FILE is what `vit-client embed -o` wrote.\n")
+    verb.add_argument("query", metavar="IMAGE", help="file, or - for standard input")
+    verb.add_argument("--to", metavar="FILE", required=True, help="the vectors to compare with")
+    verb.add_argument(
+        "-n", "--number", type=int, default=10, metavar="N", help="how many (default 10)"
+    )
+    _prints(verb, csv=False)
+
+
+def _health(verbs: Any) -> None:
+    what = "does the server answer a real image, and what does it serve?"
+    verb = _verb(verbs, "health", what, health, "")
+    _prints(verb, csv=False)
+
+
+def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog="\n".join(part for part in (about, _ENVIRONMENT, _EXIT_CODES) if part),
+        formatter_class=_Help,
+    )
+    verb.set_defaults(run=run, task=name)
     verb.add_argument("--url", metavar="HOST:PORT", help="the server (VIT_URL, localhost:8001)")
     verb.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="for one request (VIT_TIMEOUT, 60)"
     )
+    return verb
+
+
+def _takes_images(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, pattern or -")
+
+
+def _prints(verb: argparse.ArgumentParser, *, csv: bool) -> Any:
+    form = verb.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object a line")
+    if csv:
+        form.add_argument("--csv", action="store_true", help="print a table with a header")
+    return form
+
+
+def _embed_anywhere(options: argparse.Namespace) -> int:
+    return embed_to_file(options) if options.output else answer(options)
+
+
+def _features_anywhere(options: argparse.Namespace) -> int:
+    return features_to_file(options) if options.output or options.picture else answer(options)

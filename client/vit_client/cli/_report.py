@@ -5,11 +5,16 @@ from __future__ import annotations
 import sys
 
 
+def note(message: str) -> None:
+    """Something to know."""
+    print(f"vit-client: {message}", file=sys.stderr, flush=True)
+
+
 def error(message: str) -> None:
     """Something failed."""
-    print(f"vit-client: {message}", file=sys.stderr, flush=True)
+    note(message)
 
 
 def warning(message: str) -> None:
     """Something is not as it should be, but the answer stands."""
-    error(f"warning: {message}")
+    note(f"warning: {message}")

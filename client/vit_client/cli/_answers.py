@@ -1,0 +1,41 @@
+"""classify, probabilities, embed and features: an answer for each image."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from . import _show
+from ._common import IMAGES_FAILED, OK, Images, connect, progress, warn_if_untrained
+from ._inputs import expand
+from ._report import error
+
+
+def answer(options: Namespace) -> int:
+    """Print the answers; returns the exit code."""
+    names = expand(options.images)
+    show = _shower(options)
+    failed = 0
+    with connect(options) as client:
+        warn_if_untrained(client)
+        stream = client.stream(
+            Images(names),
+            task=options.task,
+            top_k=getattr(options, "top_k", 5),
+            on_error="return",
+            progress=progress(),
+        )
+        for item, name in zip(stream, names, strict=True):
+            if item.error is None:
+                show(name, item.result)
+            else:
+                error(f"{name}: {item.error.reason}")
+                failed += 1
+    return IMAGES_FAILED if failed else OK
+
+
+def _shower(options: Namespace) -> _show.Show:
+    if options.json:
+        return _show.as_json(options.task)
+    if getattr(options, "csv", False):
+        return _show.as_csv(options.task)
+    return _show.as_text(options.task)

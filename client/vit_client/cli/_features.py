@@ -1,0 +1,91 @@
+"""`features -o` and `--picture`: one image's feature map as a tensor file or as a picture."""
+
+from __future__ import annotations
+
+import io
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import ConfigurationError
+from ._common import OK, connect
+from ._embed import describe
+from ._inputs import expand, image
+from ._tables import replacing, write_safetensors
+
+Array = npt.NDArray[np.float32]
+
+_PICTURE_HEIGHT = 512
+
+
+def features_to_file(options: Namespace) -> int:
+    """Save the feature map of one image; returns the exit code."""
+    names = expand(options.images)
+    if len(names) != 1:
+        raise ConfigurationError(f"-o and --picture take one image, not {len(names)}")
+    output = Path(options.output) if options.output else None
+    if output is not None and output.suffix not in (".safetensors", ".npz"):
+        raise ConfigurationError(f"{output}: the name must end in .safetensors, .npz")
+    with connect(options) as client:
+        model = client.model()
+        given = image(names[0])
+        neck = client.features(given)["neck"]
+    if output is not None:
+        metadata = {"image": names[0], "model": describe(model)}
+        with replacing(output) as temporary:
+            _save(temporary, output.suffix, neck, metadata)
+        print(f"{output}: neck {' × '.join(map(str, neck.shape))} float32")
+    if options.picture:
+        with Image.open(io.BytesIO(given) if isinstance(given, bytes) else names[0]) as photo:
+            picture(photo.convert("RGB"), neck, Path(options.picture))
+        print(f"{options.picture}: the image, and its first three principal components")
+    return OK
+
+
+def _save(path: Path, suffix: str, neck: Array, metadata: dict[str, str]) -> None:
+    if suffix == ".safetensors":
+        write_safetensors(path, "neck", neck.shape, [neck], metadata)
+    else:
+        with path.open("wb") as file:
+            np.savez(file, neck=neck, **{key: np.array(value) for key, value in metadata.items()})
+
+
+def picture(photo: Image.Image, neck: Array, path: Path) -> None:
+    """Write `photo` and, to its right, what the model saw where: patches that are alike to the
+    model have the same colour."""
+    size = (max(1, round(photo.width * _PICTURE_HEIGHT / photo.height)), _PICTURE_HEIGHT)
+    colours = Image.fromarray(principal_colours(neck))
+    both = Image.new("RGB", (2 * size[0], size[1]))
+    both.paste(photo.resize(size, Image.Resampling.LANCZOS), (0, 0))
+    both.paste(colours.resize(size, Image.Resampling.NEAREST), (size[0], 0))
+    with replacing(path) as temporary:
+        both.save(temporary, _format(path))
+
+
+def principal_colours(neck: Array) -> npt.NDArray[np.uint8]:
+    """float32 [D, h, w] to uint8 [h, w, 3]: the first three principal components of the patches
+    as red, green and blue, each stretched from its 2nd to its 98th percentile."""
+    depth, height, width = neck.shape
+    patches = neck.reshape(depth, -1).T
+    patches = patches - patches.mean(0)
+    _, _, directions = np.linalg.svd(patches, full_matrices=False)
+    components = np.zeros((len(patches), 3), np.float32)
+    found = min(3, len(directions))
+    components[:, :found] = patches @ directions[:found].T
+    # The sign of a component is arbitrary. Choose one, so that the same map has the same colours.
+    components *= np.where(np.sum(components**3, axis=0) < 0, -1, 1)
+    low, high = np.percentile(components, [2, 98], axis=0)
+    scaled = np.clip((components - low) / np.maximum(high - low, 1e-6), 0, 1)
+    colours: npt.NDArray[np.uint8] = (255 * scaled).round().astype(np.uint8)
+    return colours.reshape(height, width, 3)
+
+
+def _format(path: Path) -> str:
+    Image.init()
+    name = Image.EXTENSION.get(path.suffix.lower(), "")
+    if name not in Image.SAVE:
+        raise ConfigurationError(f"{path}: cannot write pictures of this kind; try .png")
+    return name

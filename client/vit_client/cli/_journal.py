@@ -1,0 +1,94 @@
+"""What an interrupted run leaves for the next one: an SQLite file beside the output."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigurationError
+
+Array = npt.NDArray[np.float32]
+
+# How much work a crash may cost.
+_COMMIT_SECONDS = 1.0
+
+
+class Journal:
+    """Embeddings by image, as far as they are known.
+
+    An image counts as done while its file is the same as it was (size and time of change).
+    """
+
+    def __init__(self, output: Path, model: str) -> None:
+        """Open the journal of `output`, or begin one. What another model left is dropped.
+
+        Raises:
+            ConfigurationError: Another run has it open.
+        """
+        self.path = output.with_name(output.name + ".partial")
+        self._last_commit = time.monotonic()
+        try:
+            self._db = sqlite3.connect(self.path, timeout=0)
+            # Holds the file until it is closed, so that two runs cannot mix.
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("CREATE TABLE IF NOT EXISTS model (model TEXT)")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS rows "
+                "(image TEXT PRIMARY KEY, stamp TEXT, embedding BLOB) WITHOUT ROWID"
+            )
+            if self._db.execute("SELECT model FROM model").fetchall() != [(model,)]:
+                self._db.execute("DELETE FROM model")
+                self._db.execute("DELETE FROM rows")
+                self._db.execute("INSERT INTO model VALUES (?)", (model,))
+            self._db.commit()
+        except sqlite3.OperationalError as error:
+            raise ConfigurationError(f"{self.path}: is another run writing it? ({error})") from None
+        except sqlite3.DatabaseError as error:
+            raise ConfigurationError(f"{self.path} is damaged, delete it ({error})") from None
+
+    def done(self, names: Sequence[str]) -> set[str]:
+        """Which of `names` need not be asked again."""
+        stamps = dict(self._db.execute("SELECT image, stamp FROM rows"))
+        return {name for name in names if name in stamps and stamps[name] == _stamp(name)}
+
+    def add(self, name: str, embedding: Array) -> None:
+        """Remember one answer."""
+        row = (name, _stamp(name), embedding.tobytes())
+        self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", row)
+        now = time.monotonic()
+        if now - self._last_commit > _COMMIT_SECONDS:
+            self._db.commit()
+            self._last_commit = now
+
+    def blocks(self, names: Sequence[str], size: int) -> Iterator[Array]:
+        """The embeddings of `names`, `size` rows at a time."""
+        for start in range(0, len(names), size):
+            rows = [
+                self._db.execute("SELECT embedding FROM rows WHERE image = ?", (name,)).fetchone()
+                for name in names[start : start + size]
+            ]
+            data = b"".join(row[0] for row in rows)
+            yield np.frombuffer(data, np.float32).reshape(len(rows), -1)
+
+    def close(self) -> None:
+        """Keep what there is for the next run."""
+        self._db.commit()
+        self._db.close()
+
+    def delete(self) -> None:
+        """The output is written: nothing is left to resume."""
+        self._db.close()
+        self.path.unlink(missing_ok=True)
+
+
+def _stamp(name: str) -> str:
+    try:
+        status = Path(name).stat()
+    except OSError:
+        return ""  # standard input, or gone meanwhile
+    return f"{status.st_size} {status.st_mtime_ns}"

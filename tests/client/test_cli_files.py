@@ -1,0 +1,238 @@
+"""What the command writes to files: whole or not at all, and resumed after an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+from vit_client import Client
+from vit_client.cli._features import principal_colours
+
+from .conftest import encoded
+from .test_cli import COMMAND, vit_client
+
+FORMATS = ["npz", "safetensors", "parquet"]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(20):
+        (folder / f"{seed:02}.png").write_bytes(encoded(seed))
+    return folder
+
+
+def need(form: str) -> None:
+    if form == "parquet":
+        pytest.importorskip("pyarrow", exc_type=ImportError)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_embeddings_are_found_again(
+    url: str, client: Client, photos: Path, tmp_path: Path, form: str
+) -> None:
+    need(form)
+    (photos / "broken.jpg").write_bytes(b"broken")
+    output = tmp_path / f"out.{form}"
+    ran = vit_client(url, "embed", photos, "-o", output)
+    assert ran.stdout == f"{output}: 20 × 64 float32\n"
+    assert "broken.jpg: " in ran.stderr
+    assert ran.returncode == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [output.name]
+
+    ran = vit_client(url, "similar", photos / "07.png", "--to", output, "-n", "3", "--json")
+    matches = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert matches[0] == {"image": str(photos / "07.png"), "cosine": pytest.approx(1, abs=1e-5)}
+    embeddings = client.embed(sorted(photos.glob("*.png")))
+    cosines = embeddings @ embeddings[7]
+    cosines /= np.linalg.norm(embeddings, axis=1) * np.linalg.norm(embeddings[7])
+    expected = [str(photos / f"{row:02}.png") for row in np.argsort(-cosines)[:3]]
+    assert [match["image"] for match in matches] == expected
+
+
+def test_the_files_are_what_others_read(
+    url: str, client: Client, photos: Path, tmp_path: Path
+) -> None:
+    """Each format by the library that defines it."""
+    paths = sorted(photos.iterdir())
+    expected = client.embed(paths)
+    names = [str(path) for path in paths]
+    for form in FORMATS:
+        need(form)
+        vit_client(url, "embed", photos, "-o", tmp_path / f"out.{form}")
+    with np.load(tmp_path / "out.npz") as arrays:
+        np.testing.assert_allclose(arrays["embeddings"], expected, atol=1e-5)
+        assert arrays["images"].tolist() == names
+    with safetensors.safe_open(tmp_path / "out.safetensors", "numpy") as file:
+        np.testing.assert_allclose(file.get_tensor("embeddings"), expected, atol=1e-5)
+        assert json.loads(file.metadata()["images"]) == names
+    parquet = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table["image"].to_pylist() == names
+    np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), expected, atol=1e-5)
+
+
+def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -> None:
+    """Ctrl-C while it waits for an image that does not come, then the same command again."""
+    output = tmp_path / "out.npz"
+    output.write_text("what was there before")
+    pipe = photos / "99.png"
+    os.mkfifo(pipe)
+    command = [COMMAND, "embed", str(photos), str(pipe), "-o", str(output)]
+    environment = {**os.environ, "VIT_URL": url}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        partial = tmp_path / "out.npz.partial"
+        deadline = time.monotonic() + 30
+        while not partial.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(1)  # for the answers before the pipe
+        process.send_signal(signal.SIGINT)
+        pipe.open("wb").close()  # lets the blocked read end
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert output.read_text() == "what was there before"
+
+    pipe.unlink()
+    pipe.write_bytes(encoded(99))
+    (photos / "00.png").write_bytes(encoded(100))  # changed since: must be asked again
+    ran = vit_client(url, *command[1:])
+    assert "resuming: " in ran.stderr
+    assert ran.returncode == 0
+    assert not partial.exists()
+    with np.load(output) as arrays, Client(url) as client:
+        expected = client.embed(sorted(photos.iterdir()))
+        np.testing.assert_allclose(arrays["embeddings"], expected, atol=1e-5)
+
+
+def test_two_runs_do_not_mix(url: str, photos: Path, tmp_path: Path) -> None:
+    from vit_client.cli._journal import Journal
+
+    journal = Journal(tmp_path / "out.npz", "model")
+    journal.add("x.png", np.zeros(64, np.float32))
+    ran = vit_client(url, "embed", photos, "-o", tmp_path / "out.npz")
+    assert "is another run writing it?" in ran.stderr
+    assert ran.returncode == 2
+    journal.close()
+
+
+def test_another_models_partial_result_is_dropped(url: str, photos: Path, tmp_path: Path) -> None:
+    from vit_client.cli._journal import Journal
+
+    journal = Journal(tmp_path / "out.npz", "another model")
+    journal.add(str(photos / "00.png"), np.zeros(64, np.float32))
+    journal.close()
+    ran = vit_client(url, "embed", photos, "-o", tmp_path / "out.npz")
+    assert "resuming" not in ran.stderr
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert np.abs(arrays["embeddings"][0]).sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("out.txt", "must end in .npz"), ("nowhere/out.npz", "no such folder")],
+)
+def test_a_bad_output_is_told_before_the_work(
+    url: str, photos: Path, tmp_path: Path, output: str, words: str
+) -> None:
+    ran = vit_client(url, "embed", photos, "-o", tmp_path / output)
+    assert words in ran.stderr
+    assert ran.returncode == 2
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.parquet", "a.txt", "missing.npz"])
+def test_similar_wants_a_file_of_embeddings(
+    url: str, photos: Path, tmp_path: Path, name: str
+) -> None:
+    if name != "missing.npz":
+        (tmp_path / name).write_bytes(encoded(0))
+    ran = vit_client(url, "similar", photos / "00.png", "--to", tmp_path / name)
+    assert name in ran.stderr
+    assert ran.returncode == 2
+
+
+def test_similar_warns_of_another_model(
+    url: str, client: Client, photos: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "other.npz"
+    embeddings = client.embed([photos / "00.png"])
+    np.savez(file, embeddings=embeddings, images=np.array(["x"]), model=np.array("other"))
+    ran = vit_client(url, "similar", photos / "00.png", "--to", file)
+    assert ran.stdout == " 1.0000  x\n"
+    assert "of another model" in ran.stderr
+    np.savez(file, embeddings=embeddings[:, :5], images=np.array(["x"]))
+    ran = vit_client(url, "similar", photos / "00.png", "--to", file)
+    assert "gives 64 numbers" in ran.stderr
+    assert ran.returncode == 2
+
+
+def test_features_are_saved_and_drawn(
+    url: str, client: Client, photos: Path, tmp_path: Path
+) -> None:
+    photo = photos / "03.png"
+    files = [tmp_path / name for name in ("neck.safetensors", "neck.npz", "map.png")]
+    ran = vit_client(url, "features", photo, "-o", files[0], "--picture", files[2])
+    assert ran.returncode == 0, ran.stderr
+    vit_client(url, "features", "-", "-o", files[1], stdin=photo.read_bytes())
+    neck = client.features(photo)["neck"]
+    np.testing.assert_allclose(safetensors.numpy.load_file(files[0])["neck"], neck, atol=1e-5)
+    with np.load(files[1]) as arrays:
+        np.testing.assert_allclose(arrays["neck"], neck, atol=1e-5)
+    with Image.open(files[2]) as picture:
+        assert picture.size == (1024, 512)
+        # The right half is a 4 × 4 grid of flat colours.
+        assert len(picture.crop((512, 0, 1024, 512)).getcolors() or []) <= 16
+
+
+def test_features_to_a_file_take_one_image(url: str, photos: Path, tmp_path: Path) -> None:
+    ran = vit_client(url, "features", photos, "-o", tmp_path / "neck.npz")
+    assert "take one image, not 20" in ran.stderr
+    assert ran.returncode == 2
+    ran = vit_client(url, "features", photos / "no.png", "-o", tmp_path / "neck.npz")
+    assert "no such file" in ran.stderr
+    assert ran.returncode == 1
+
+
+def test_patches_that_are_alike_have_one_colour() -> None:
+    """Two kinds of patches, left and right; and a map without any difference."""
+    neck = np.zeros((8, 4, 6), np.float32)
+    neck[:, :, 3:] = np.arange(8, dtype=np.float32)[:, None, None]
+    colours = principal_colours(neck)
+    assert colours.shape == (4, 6, 3)
+    assert len(np.unique(colours[:, :3].reshape(-1, 3), axis=0)) == 1
+    assert len(np.unique(colours[:, 3:].reshape(-1, 3), axis=0)) == 1
+    assert not np.array_equal(colours[0, 0], colours[0, 5])
+    np.testing.assert_array_equal(principal_colours(neck), principal_colours(neck))
+    assert principal_colours(np.ones((8, 2, 2), np.float32)).max() == 0
+
+
+def test_health(url: str) -> None:
+    ran = vit_client(url, "health")
+    assert ran.stdout.startswith("answering  yes")
+    assert ran.returncode == 0
+    told = json.loads(vit_client(url, "health", "--json").stdout)
+    assert told["answering"]
+    assert told["model"]["classes"] == 12
+    ran = vit_client("localhost:1", "health")
+    assert ran.stdout.startswith("answering  no")
+    assert ran.returncode == 3
+
+
+def test_a_closed_pipe_is_no_error(url: str, photos: Path) -> None:
+    ran = subprocess.run(
+        f"{COMMAND} features {photos} --json | head -c 10",
+        shell=True,
+        env={**os.environ, "VIT_URL": url},
+        capture_output=True,
+        timeout=60,
+    )
+    assert len(ran.stdout) == 10
+    assert ran.stderr == b""
