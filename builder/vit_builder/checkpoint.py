@@ -116,10 +116,11 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
-        reason = str(e).splitlines()[0]
-        raise CheckpointError(f"{path} holds more than weights, so it is not opened: {reason}") from e
+        raise CheckpointError(
+            f"{path} holds more than weights, so it is not opened: {_first_line(e)}"
+        ) from e
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-        raise CheckpointError(f"{path} is not a complete torch file: {str(e).splitlines()[0]}") from e
+        raise CheckpointError(f"{path} is not a complete torch file: {_first_line(e)}") from e
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a birder checkpoint")
     return content
@@ -200,6 +201,10 @@ def _skeleton(config: ViTConfig) -> dict[str, Tensor]:
     """Names and shapes of the parameters, without their memory."""
     with torch.device("meta"):
         return dict(ViT(config).state_dict())
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def _some(names: list[str]) -> str:

@@ -5,13 +5,14 @@ import os
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 
 from . import checkpoint
 from .checkpoint import Checkpoint
 
 NAME = "vit_reg4_m16_rms_avg_i-jepa-imagenet21k"
 REPO = f"birder-project/{NAME}"
+ENDPOINT: str | None = None  # huggingface_hub's own: $HF_ENDPOINT, else huggingface.co
 # A branch may move, but its content is pinned: only the two files below are accepted.
 REVISION = "main"
 # The file was published twice: the same numbers under current and under legacy names.
@@ -76,8 +77,11 @@ def _cached(sha256: str) -> Path:
 def _download(folder: Path) -> Path:
     try:
         # Fails within seconds where there is no network; the download itself would retry for long.
-        HfApi().repo_info(REPO, revision=REVISION, timeout=10)
-        return Path(hf_hub_download(REPO, f"{NAME}.pt", revision=REVISION, local_dir=folder))
+        api = HfApi(endpoint=ENDPOINT)
+        api.repo_info(REPO, revision=REVISION, timeout=10)
+        return Path(
+            api.hf_hub_download(REPO, f"{NAME}.pt", revision=REVISION, local_dir=folder)
+        )
     except Exception as e:  # of the HTTP library, which is another one in each huggingface_hub
         reason = next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)
         raise HubUnreachable(f"{REPO}: {reason}") from e

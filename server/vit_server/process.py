@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,11 @@ from .tritonserver import ServerError
 # prctl(2)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+_LOAD_FAILURE = re.compile(
+    r"(?:failed to load|Poll failed for model directory) '([^']+)'(?: version \d+)?: (.*)"
+)
 
 
 class TritonProcess:
@@ -59,18 +65,21 @@ class TritonProcess:
     def failure(self) -> ServerError:
         """Why it went away, from its log."""
         self._reader.join(timeout=5)
-        log = list(self._log)
+        log = [line.partition(r"\n\nAt:")[0] for line in self._log]  # without Python's traceback
         for line in log:
-            # "failed to load 'vit' version 1: Internal: RuntimeError: …", with the traceback below
-            if found := re.search(r"failed to load '(\S+)' version \d+: (.*)", line):
-                return ServerError(f"the model '{found[1]}' failed to load: {found[2]}")
-        told = [line for line in log if re.match(r"E\d{4} |error:", line)] or log[-1:]
-        reason = re.sub(r"^E\d{4} .*?\] ", "", told[-1]).strip('" \n') if told else "it said nothing"
+            if found := _LOAD_FAILURE.search(line):
+                return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
+        # Triton warns that there is no GPU, but as an error.
+        told = [line for line in log if re.match(r"E\d{4} |error:", line) and "Cuda" not in line]
+        reason = _clean((told or log or ["it said nothing"])[-1])
         return ServerError(f"tritonserver ended with exit code {self._code()}: {reason}")
 
     def wait(self) -> int:
         """Wait for its end; its exit code as a shell counts it (128 + signal)."""
-        self._child.wait()
+        # Not in one waitpid(2): the kernel may give a signal to another thread (gRPC has some),
+        # and Python runs the handler only when this one comes back.
+        while not self.exited():
+            time.sleep(0.1)
         return self._code()
 
     def close(self) -> None:
@@ -110,6 +119,11 @@ class TritonProcess:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+
+
+def _clean(line: str) -> str:
+    """A line of the log without its prefix and quotes."""
+    return re.sub(r"^E\d{4} [^\]]*\] ", "", line).strip('" \n')
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,176 @@
+"""vit-builder as a command: what it writes, and what it never leaves behind."""
+
+import hashlib
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import vit_builder
+from conftest import BIN, GOLDENS, serving
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from vit_builder import verify
+from vit_builder.model import ViTConfig
+
+TINY = ("--checkpoint", str(GOLDENS / "tiny.pt"))
+
+
+def builder(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "vit-builder", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def configs(repository: Path) -> dict[str, ModelConfig]:
+    paths = repository.glob("*/config.pbtxt")
+    return {p.parent.name: text_format.Parse(p.read_text(), ModelConfig()) for p in paths}
+
+
+def test_repository_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "models"
+    result = builder(*TINY, "--output", output, "--precision", "fp32", "--max-batch-size", 5)
+    assert result.returncode == 0, result.stderr
+    assert "embedding_min_cosine" in result.stdout
+    assert f"Wrote {output}" in result.stderr
+    assert {path.name for path in output.iterdir()} == {
+        *("preprocess", "vit", "postprocess", "build_report.json"),
+        *("classify", "probabilities", "embed", "features"),
+    }
+    found = configs(output)
+    assert {config.max_batch_size for config in found.values()} == {5}
+    assert [list(tensor.dims) for tensor in found["vit"].output] == [
+        *([12], [64], [64, 4, 4], [12], [12]),
+    ]
+    assert [warmup.batch_size for warmup in found["vit"].model_warmup] == [1, 5]
+    assert {key: value.string_value for key, value in found["vit"].parameters.items()} == {
+        "INFERENCE_MODE": "true",
+        "DISABLE_OPTIMIZED_EXECUTION": "true",
+        "model_name": "tiny",
+        "weights": "trained",
+        "weights_sha256": hashlib.sha256((GOLDENS / "tiny.pt").read_bytes()).hexdigest(),
+        "precision": "fp32",
+    }
+    report = json.loads((output / "build_report.json").read_text())
+    assert report["weights_sha256"] == found["vit"].parameters["weights_sha256"].string_value
+    assert report["agreement"]["embedding_min_cosine"] > 0.999999
+    labels = (output / "postprocess" / "1" / "labels.txt").read_text().splitlines()
+    assert labels == vit_builder.load(GOLDENS / "tiny.pt").labels
+    assert list(output.parent.iterdir()) == [output]  # nothing half-built beside it
+
+
+def test_template_has_the_sizes_of_the_published_checkpoint() -> None:
+    """So that `model_repository/` reads as what is served, and the builder changes no more."""
+    template = Path(__file__).parent.parent / "model_repository"
+    found = configs(template)
+    config = ViTConfig()
+    assert list(found["vit"].input[0].dims) == [*config.image_size, 3]
+    assert list(found["vit"].output[0].dims) == [config.num_classes]
+    assert list(found["features"].output[0].dims) == [config.hidden_dim, *config.grid]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_is_compared_with_fp32(precision: str, tmp_path: Path) -> None:
+    result = builder(*TINY, "--output", tmp_path / "m", "--precision", precision)
+    assert result.returncode == 0, result.stderr
+    assert f"{precision} against fp32 eager" in result.stdout
+    report = json.loads((tmp_path / "m" / "build_report.json").read_text())
+    assert 1e-7 < report["agreement"]["embedding_max_diff"] < 0.05
+
+
+def test_sibling_size_is_served_as_it_is(tmp_path: Path) -> None:
+    """384 px and 10,000 classes, as the inat21 checkpoints have; shallow, to be quick."""
+    config = ViTConfig((384, 384), 10_000, num_layers=1)
+    settings = vit_builder.Settings("fp32", 2, 100)
+    vit_builder.build(vit_builder.random(config), settings, tmp_path / "m")
+    with serving(tmp_path / "m") as server:
+        photo = (GOLDENS / "images" / "tall.jpg").read_bytes()
+        assert server.infer("features", "image", [photo])["neck"].shape == (1, 512, 24, 24)
+        assert server.infer("probabilities", "image", [photo])["probabilities"].shape == (1, 10_000)
+        assert server.infer("classify", "image", [photo])["labels"].shape == (1, 100)
+
+
+def test_batch_of_one_is_a_batch_size(tmp_path: Path) -> None:
+    result = builder(*TINY, "--output", tmp_path / "m", "--max-batch-size", 1, "--top-k", 1)
+    assert result.returncode == 0, result.stderr
+    with serving(tmp_path / "m") as server:
+        photo = (GOLDENS / "images" / "tall.jpg").read_bytes()
+        assert server.infer("classify", "image", [photo])["labels"].shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--checkpoint", "nothing.pt"), "nothing.pt: no such file"),
+        ((*TINY, "--top-k", "13"), "--top-k 13 is over the 12 classes"),
+        ((*TINY, "--weights", "random"), "not allowed with"),
+        ((*TINY, "--max-batch-size", "0"), "0 is not a positive number"),
+    ],
+)
+def test_mistakes_get_a_sentence(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    result = builder(*arguments, "--output", tmp_path / "m")
+    assert result.returncode not in (0, -9)
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_something_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = builder(*TINY, "--output", tmp_path)
+    assert result.returncode == 1
+    assert f"{tmp_path} exists and is not a repository that vit-builder wrote" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_repository_is_exchanged_whole(tmp_path: Path) -> None:
+    output = tmp_path / "m"
+    assert builder(*TINY, "--output", output, "--precision", "fp32").returncode == 0
+    with (output / "vit" / "1" / "model.pt").open("rb") as held:  # as a running server would
+        assert builder(*TINY, "--output", output, "--precision", "bf16").returncode == 0
+        assert len(held.read()) > 600_000  # still the fp32 file
+    assert json.loads((output / "build_report.json").read_text())["precision"] == "bf16"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_failed_verification_leaves_the_old_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = vit_builder.load(GOLDENS / "tiny.pt")
+    output = tmp_path / "m"
+    vit_builder.build(checkpoint, vit_builder.Settings("fp32", 2, 12), output)
+    before = (output / "build_report.json").read_bytes()
+    # Held to fp32's limits, bf16 fails.
+    monkeypatch.setitem(verify.LIMITS, "bf16", verify.LIMITS["fp32"])
+    with pytest.raises(vit_builder.VerificationError, match="probabilities_max_diff is"):
+        vit_builder.build(checkpoint, vit_builder.Settings("bf16", 2, 12), output)
+    assert (output / "build_report.json").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_build_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [BIN / "vit-builder", "--weights", "random", "--output", tmp_path / "m"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        while process.poll() is None and time.monotonic() < deadline:
+            process.send_signal(number)  # again, as a person would: C code can swallow one
+            time.sleep(1)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_device_is_baked_in(tiny_repository: Path) -> None:
+    """The traced file can be loaded on any device: here on `meta`, which has no memory."""
+    module = torch.jit.load(tiny_repository / "vit" / "1" / "model.pt", map_location="meta")
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
+    assert not re.search(r'Device = prim::Constant\[value="cuda', str(module.inlined_graph))

@@ -1,0 +1,221 @@
+"""vit-server as a process: how it starts, what it says when it cannot, and what it leaves behind."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import BIN, PHOTOS, Server, serving
+
+PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
+FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+
+
+def start_and_fail(repository: Path, *arguments: str) -> str:
+    """What vit-server says where it must not start."""
+    command = [BIN / "vit-server", "--model-repository", repository, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode not in (0, -9)
+    assert "Ready" not in result.stdout
+    assert "Traceback" not in result.stderr
+    sentences = result.stderr.removeprefix("Starting tritonserver …\n").splitlines()
+    assert len(sentences) == 1, result.stderr
+    return sentences[0]
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below `pid`."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return set(map(int, children)).union(*(descendants(int(child)) for child in children))
+
+
+def gone(pids: set[int], seconds: float = 20) -> bool:
+    """Whether all of these processes end within that time (a zombie has ended)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        alive = [s for s in states if s.exists() and s.read_text().rpartition(")")[2][1] != "Z"]
+        if not alive:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def segments(pid: int) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"vit_server_{pid}_*"))
+
+
+def test_it_listens_where_it_says_and_nowhere_else(tiny_server: Server) -> None:
+    assert tiny_server.url.startswith("127.0.0.1:")
+    with urllib.request.urlopen(tiny_server.metrics_url, timeout=10) as response:
+        assert "nv_inference_count" in response.read().decode()
+    with urllib.request.urlopen(f"{tiny_server.http_url}/v2/health/ready", timeout=10) as response:
+        assert response.status == 200
+    inodes = set()
+    for pid in descendants(tiny_server.process.pid):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(link) if link.is_symlink() else ""
+            if found := re.fullmatch(r"socket:\[(\d+)\]", target):
+                inodes.add(found[1])
+    listening = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                listening.append(fields[1].rpartition(":")[0])
+    # 127.0.0.1 as the kernel writes it, in IPv4 and as an IPv4 address in IPv6.
+    assert set(listening) == {"0100007F", "0000000000000000FFFF00000100007F"}
+
+
+@pytest.mark.parametrize("flag", ["--grpc-port", "--http-port", "--metrics-port"])
+def test_port_in_use(tiny_repository: Path, flag: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = start_and_fail(tiny_repository, *FREE_PORTS, flag, port)
+    assert f"port {port}: Address already in use" in said
+    assert flag in said
+
+
+def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) -> None:
+    """gRPC shares ports silently (SO_REUSEPORT): a second server must not take half the requests."""
+    port = tiny_server.url.rpartition(":")[2]
+    assert "Address already in use" in start_and_fail(
+        tiny_repository, *FREE_PORTS, "--grpc-port", port
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--host", "example.com"), "example.com is not an IP address"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1"),
+        (("--grpc-port", "70000"), "70000 is not a port"),
+        (("--grpc-port", "9901", "--http-port", "9901"), "must differ"),
+    ],
+)
+def test_wrong_arguments(
+    tiny_repository: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode not in (0, -9)
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_repository(tmp_path: Path) -> None:
+    assert "no such model repository" in start_and_fail(tmp_path / "nothing")
+    assert "no vit/1/model.pt; vit-builder fills it in" in start_and_fail(
+        PHOTOS.parent / "model_repository"
+    )
+
+
+def spoil_model(repository: Path) -> None:
+    (repository / "vit" / "1" / "model.pt").write_bytes(b"PK\x03\x04 cut short")
+
+
+def spoil_labels(repository: Path) -> None:
+    (repository / "postprocess" / "1" / "labels.txt").write_text("only one\n")
+
+
+def spoil_config(repository: Path) -> None:
+    (repository / "embed" / "config.pbtxt").write_text('name: "embed" max_batch_size: many')
+
+
+def spoil_code(repository: Path) -> None:
+    (repository / "preprocess" / "1" / "model.py").write_text("import antigravity_two")
+
+
+def spoil_output(repository: Path) -> None:
+    """A config that the file does not fulfil: Triton itself never checks that."""
+    path = repository / "vit" / "config.pbtxt"
+    path.write_text(path.read_text().replace("embedding__1", "embedding__7"))
+    path = repository / "embed" / "config.pbtxt"
+    path.write_text(path.read_text().replace("embedding__1", "embedding__7"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (spoil_model, "the model 'vit' failed to load: .*PytorchStreamReader"),
+        (spoil_labels, "classify is loaded but does not answer: .*top_indices must be in"),
+        (spoil_config, "the model 'embed' failed to load: failed to read text proto"),
+        (spoil_code, "the model 'preprocess' failed to load: .*antigravity_two"),
+        (spoil_output, "tritonserver ended with exit code .* IndexError: tuple index out of range$"),
+    ],
+)
+def test_model_that_fails(
+    tiny_repository: Path, tmp_path: Path, spoil: Callable[[Path], None], sentence: str
+) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(tiny_repository, repository)
+    spoil(repository)
+    said = start_and_fail(repository, *FREE_PORTS)
+    assert re.search(sentence, said), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_with_nothing_left(tiny_repository: Path, number: signal.Signals) -> None:
+    with serving(tiny_repository) as server:
+        pids = descendants(server.process.pid)
+        assert len(pids) >= 4  # tritonserver and a stub for each Python model
+        assert segments(server.process.pid)
+        server.process.send_signal(number)
+        assert server.process.wait(60) == 0
+        assert gone(pids)
+        assert not segments(server.process.pid)
+
+
+def test_ctrl_c_in_a_terminal_stops_it_once(tiny_repository: Path) -> None:
+    """A terminal sends SIGINT to the whole foreground group, not only to vit-server."""
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        for line in process.stdout or ():
+            if line.startswith("Ready"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 0
+        assert "Traceback" not in (process.stderr.read() if process.stderr else "")
+
+
+def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        time.sleep(2.5)
+        pids = descendants(process.pid)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert gone(pids)
+    assert not segments(process.pid)
+
+
+def test_killed_vit_server_takes_everything_with_it(tiny_repository: Path) -> None:
+    with serving(tiny_repository) as server:
+        pids = descendants(server.process.pid)
+        server.process.kill()
+        server.process.wait()
+        assert gone(pids, seconds=45)
+
+
+def test_killed_tritonserver_is_told_and_leaves_nothing(tiny_repository: Path) -> None:
+    with serving(tiny_repository) as server:
+        pids = descendants(server.process.pid)
+        (triton,) = (
+            pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver"
+        )
+        os.kill(triton, signal.SIGKILL)
+        assert server.process.wait(60) == 128 + signal.SIGKILL
+        assert gone(pids)
+        assert not segments(server.process.pid)
