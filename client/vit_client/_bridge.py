@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
+from concurrent.futures import CancelledError
 from typing import Any
 
 from ._async import AsyncClient
 from ._engine import forked
 from .errors import ClientClosed
 from .types import Item, OnError
+
+_open: weakref.WeakSet[Bridge] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before Python stops our threads: a stream that is collected later would wait for one."""
+    for bridge in list(_open):
+        bridge.close()
 
 
 class Bridge:
@@ -36,8 +48,10 @@ class Bridge:
         future = asyncio.run_coroutine_threadsafe(call, loop)
         try:
             return future.result()
-        except BaseException:
+        except BaseException as error:
             future.cancel()
+            if self._closed and isinstance(error, CancelledError):
+                raise ClientClosed("the client was closed during the call") from None
             raise
 
     def stream(
@@ -87,6 +101,7 @@ class Bridge:
                     target=self._loop.run_forever, name="vit-client", daemon=True
                 )
                 self._thread.start()
+                _open.add(self)
             elif self._pid != os.getpid():
                 raise ClientClosed(forked(self._pid))
             elif threading.current_thread() is self._thread:

@@ -112,6 +112,11 @@ class Engine:
                         timeout=max(0.0, deadline - time.monotonic()),
                         metadata=self.settings.metadata,
                     )
+                except asyncio.CancelledError:
+                    # What closing the channel does to its calls.
+                    if self._closed:
+                        raise self._closed_meanwhile(task) from None
+                    raise
                 except grpc.RpcError as failure:
                     error = self._error(failure, task, timeout)
                     pause = self._pause(error, attempt, deadline) if attempt < left else None
@@ -139,8 +144,11 @@ class Engine:
 
     def _error(self, failure: grpc.RpcError, task: str | None, timeout: float) -> VitClientError:
         if self._closed:
-            return ClientClosed("the client was closed during the call", task=task)
+            return self._closed_meanwhile(task)
         return from_grpc(failure, url=self.settings.target, task=task, timeout=timeout)
+
+    def _closed_meanwhile(self, task: str | None) -> ClientClosed:
+        return ClientClosed("the client was closed during the call", task=task)
 
     def _pause(self, error: VitClientError, attempt: int, deadline: float) -> float | None:
         """Seconds to wait before the next try, or None if there is none."""

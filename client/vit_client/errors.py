@@ -6,7 +6,7 @@
     ├── BadImage            one image cannot be read or decoded; the others are fine
     │   └── BadImages       some images of a list; carries every other image's answer
     ├── InvalidRequest      the server refused the request itself
-    ├── AccessDenied        no or wrong token, header or certificate
+    ├── AccessDenied        no or wrong token, header or certificate, or no TLS
     ├── ModelNotServed      a server answered, but it does not serve these models
     ├── Overloaded          the server is up and has too much to do
     ├── Unavailable         no server could be reached, or it went away
@@ -134,7 +134,8 @@ class InvalidRequest(VitClientError):
 
 
 class AccessDenied(VitClientError):
-    """The server, or a proxy before it, wants another token, header or certificate."""
+    """The server, or a proxy before it, wants another token, header or certificate; or one of the
+    two sides does not trust the other's certificate."""
 
 
 class ModelNotServed(VitClientError):
@@ -192,6 +193,8 @@ def from_grpc(
         kind = Overloaded
     elif "request for unknown model" in lower:
         kind = ModelNotServed
+    elif kind is Unavailable and "handshake" in lower:
+        kind = AccessDenied
     return kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
 
 
@@ -199,20 +202,34 @@ def _message(
     kind: type[VitClientError], code: grpc.StatusCode, details: str, url: str, timeout: float
 ) -> str:
     if kind is Unavailable:
-        hint = ""
-        if "http1.x" in details:
-            hint = "; this looks like Triton's HTTP port, gRPC listens on another one (8001)"
-        elif "ssl" in details.lower() or "handshake" in details.lower():
-            hint = "; is it TLS on one side and plain text on the other?"
-        return f"no server at {url}{hint} ({details})"
+        return f"no server at {url}{_unavailable_hint(details)} ({details})"
     if kind is DeadlineExceeded:
         return f"no answer from {url} within {timeout:g} s"
     if kind is Overloaded:
         return f"the server at {url} is overloaded ({details})"
     if kind is ModelNotServed:
-        return f"the server at {url} does not serve the vit models ({details})"
+        return f"the server at {url} does not serve the vit models ({details or code.name})"
     if kind is AccessDenied:
-        return f"the server at {url} denied access ({details or code.name})"
+        return f"the server at {url} {_denied_hint(details)} ({details or code.name})"
     if kind is InvalidRequest:
         return f"the server refused the request ({details})"
     return f"the server failed ({code.name}: {details})"
+
+
+def _unavailable_hint(details: str) -> str:
+    if "all backends" in details and "Socket closed" in details:
+        return (
+            ": something listens there that does not speak plain gRPC. Is it the HTTP port, or "
+            "does it want TLS or a client certificate?"
+        )
+    return ""
+
+
+def _denied_hint(details: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "has a certificate that is not trusted: give the one that signed it as ca_file"
+    if "WRONG_VERSION_NUMBER" in details:
+        return "does not speak TLS"
+    if "handshake" in details.lower():
+        return "could not be reached by TLS: are ca_file, cert_file and key_file right?"
+    return "denied access"

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from vit_client import Client
 
+from .proxy import Proxy, proxying
+
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -35,3 +37,10 @@ def encoded(seed: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels(seed)).save(file, kind)
     return file.getvalue()
+
+
+@pytest.fixture
+def proxy(url: str) -> Iterator[Proxy]:
+    """A proxy in front of the tiny model."""
+    with proxying(url) as proxy:
+        yield proxy

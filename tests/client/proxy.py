@@ -1,0 +1,115 @@
+"""A gRPC proxy in front of the real server, for what happens on the way to it.
+
+It passes bytes on as they are; it counts and remembers them, holds them up, turns them away as a
+loaded server would, and ends TLS.
+"""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+
+UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+SERVICE = "/inference.GRPCInferenceService/"
+
+
+@dataclass
+class Proxy:
+    """A running proxy. Its settings may be changed at any time."""
+
+    url: str = ""
+    calls: list[str] = field(default_factory=list)  # method names, in order of arrival
+    headers: dict[str, str] = field(default_factory=dict)  # of the last call
+    delay: float = 0.0  # seconds before each call is passed on
+    # (status, words) for calls to come, one each; the last one stays if `forever`
+    refusals: list[tuple[grpc.StatusCode, str]] = field(default_factory=list)
+    forever: bool = False
+    in_flight: int = 0
+    most_in_flight: int = 0
+    cancelled: int = 0
+
+    @property
+    def inferences(self) -> int:
+        return self.calls.count("ModelInfer")
+
+    async def handle(
+        self, target: grpc.aio.Channel, method: str, request: bytes, context: Any
+    ) -> Any:
+        self.calls.append(method)
+        self.headers = dict(context.invocation_metadata())
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.delay)
+            if self.refusals and method == "ModelInfer":
+                code, words = self.refusals[0] if self.forever else self.refusals.pop(0)
+                await context.abort(code, words)
+            return await target.unary_unary(SERVICE + method)(request)
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details())
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.in_flight -= 1
+
+
+class _Handler(grpc.GenericRpcHandler):
+    def __init__(self, proxy: Proxy, target: grpc.aio.Channel) -> None:
+        self._proxy = proxy
+        self._target = target
+
+    def service(self, handler_call_details: Any) -> Any:
+        method = handler_call_details.method.rpartition("/")[2]
+
+        async def handle(request: bytes, context: Any) -> Any:
+            return await self._proxy.handle(self._target, method, request, context)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    proxy: Proxy, target: str, credentials: grpc.ServerCredentials | None
+) -> AsyncIterator[None]:
+    async with grpc.aio.insecure_channel(target, UNLIMITED) as channel:
+        server = grpc.aio.server(options=UNLIMITED)
+        server.add_generic_rpc_handlers((_Handler(proxy, channel),))
+        if credentials is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", credentials)
+        proxy.url = f"127.0.0.1:{port}"
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(0)
+
+
+@contextlib.contextmanager
+def proxying(target: str, credentials: grpc.ServerCredentials | None = None) -> Iterator[Proxy]:
+    """A proxy to `target`, on an event loop in a thread of its own."""
+    proxy = Proxy()
+    started, stop = threading.Event(), asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def run() -> None:
+        async with _running(proxy, target, credentials):
+            started.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
+    thread.start()
+    try:
+        assert started.wait(10)
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()

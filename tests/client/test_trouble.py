@@ -1,0 +1,448 @@
+"""Deadlines, retries, overload, servers that go and come back, and misuse of a client."""
+
+import asyncio
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from conftest import serving
+from vit_client import (
+    AsyncClient,
+    BadImage,
+    Client,
+    ClientClosed,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotServed,
+    Overloaded,
+    ServerError,
+    Unavailable,
+    VitClientError,
+)
+from vit_client._retry import RetryBudget, backoff
+
+from .conftest import encoded
+from .proxy import Proxy
+
+IMAGE = encoded(0)
+GONE = (grpc.StatusCode.UNAVAILABLE, "Socket closed")
+FULL = (grpc.StatusCode.UNAVAILABLE, "in ensemble 'embed', Exceeds maximum queue size")
+EXPIRED = (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
+
+
+# -- retries -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refusal", [GONE, FULL, EXPIRED])
+def test_what_may_pass_is_tried_again(proxy: Proxy, refusal: tuple[grpc.StatusCode, str]) -> None:
+    proxy.refusals = [refusal, refusal]
+    with Client(proxy.url) as client:
+        assert client.embed(IMAGE).shape == (64,)
+    assert proxy.inferences == 3
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind"), [(GONE, Unavailable), (FULL, Overloaded), (EXPIRED, Overloaded)]
+)
+def test_in_the_end_it_is_told_what_it_was(
+    proxy: Proxy, refusal: tuple[grpc.StatusCode, str], kind: type[VitClientError]
+) -> None:
+    proxy.refusals, proxy.forever = [refusal], True
+    with Client(proxy.url, retries=2) as client, pytest.raises(kind) as caught:
+        client.embed(IMAGE)
+    assert proxy.inferences == 3
+    assert caught.value.task == "embed"
+    assert caught.value.details == refusal[1]
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "kind"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape", InvalidRequest),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "message too large", InvalidRequest),
+        (grpc.StatusCode.INTERNAL, "Stub process is not healthy", ServerError),
+        (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'embed'", ModelNotServed),
+        (grpc.StatusCode.UNAVAILABLE, "Request for unknown model: 'embed' …", ModelNotServed),
+        (grpc.StatusCode.UNIMPLEMENTED, "", ModelNotServed),
+    ],
+)
+def test_what_will_not_pass_is_not_tried_again(
+    proxy: Proxy, code: grpc.StatusCode, words: str, kind: type[VitClientError]
+) -> None:
+    proxy.refusals, proxy.forever = [(code, words)], True
+    with Client(proxy.url) as client, pytest.raises(kind) as caught:
+        client.embed(IMAGE)
+    assert proxy.inferences == 1
+    assert not caught.value.retryable
+
+
+def test_bad_images_are_not_retried(proxy: Proxy) -> None:
+    with Client(proxy.url) as client, pytest.raises(BadImage):
+        client.embed(b"bad")
+    assert proxy.inferences == 1
+
+
+def test_no_retries(proxy: Proxy) -> None:
+    proxy.refusals = [GONE]
+    with Client(proxy.url, retries=0) as client, pytest.raises(Unavailable):
+        client.embed(IMAGE)
+    assert proxy.inferences == 1
+
+
+def test_retries_do_not_become_a_storm(proxy: Proxy) -> None:
+    """50 callers, all turned away for two seconds: without a budget that is 250 requests."""
+    proxy.refusals, proxy.forever = [FULL], True
+    with Client(proxy.url, concurrency=50, timeout=2) as client:
+        client.model()
+
+        def call(_: int) -> type[BaseException]:
+            with pytest.raises(VitClientError) as caught:
+                client.embed(IMAGE)
+            return caught.type
+
+        with ThreadPoolExecutor(50) as pool:
+            kinds = set(pool.map(call, range(50)))
+    assert kinds == {Overloaded}
+    assert proxy.inferences <= 50 + 10 + 3
+
+
+def test_the_budget_is_a_tenth_of_the_successes_and_one_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    budget = RetryBudget()
+    assert [budget.reserve() for _ in range(10)] == [0] * 10
+    assert budget.reserve() == pytest.approx(1)
+    assert budget.reserve() == pytest.approx(2)
+    for _ in range(20):
+        budget.success()
+    assert budget.reserve() == pytest.approx(1)
+    now += 100
+    assert [budget.reserve() for _ in range(10)] == [0] * 10
+    assert budget.reserve() > 0
+
+
+def test_backoff_grows_and_has_jitter() -> None:
+    for attempt, most in [(0, 0.25), (1, 0.5), (2, 1), (10, 5)]:
+        pauses = [backoff(attempt) for _ in range(200)]
+        assert 0 <= min(pauses) < most / 4
+        assert most * 3 / 4 < max(pauses) <= most
+
+
+# -- deadlines ---------------------------------------------------------------------------------
+
+
+def test_one_deadline_for_all_tries(proxy: Proxy) -> None:
+    proxy.refusals, proxy.forever = [GONE], True
+    with Client(proxy.url, retries=1000) as client:
+        client.model()
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            client.embed(IMAGE, timeout=1)
+        assert time.monotonic() - started < 1.5
+
+
+def test_a_server_that_does_not_answer(proxy: Proxy) -> None:
+    with Client(proxy.url) as client:
+        client.model()
+        proxy.delay = 30
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"within 0\.5 s"):
+            client.embed(IMAGE, timeout=0.5)
+        assert time.monotonic() - started < 1.5
+        with pytest.raises(TimeoutError):
+            client.classify([IMAGE] * 3, timeout=0.2)
+
+
+def test_waiting_for_a_slot_counts(proxy: Proxy) -> None:
+    with Client(proxy.url, concurrency=1) as client:
+        client.model()
+        proxy.delay = 3
+        hog = threading.Thread(target=client.embed, args=(IMAGE,))
+        hog.start()
+        while not proxy.in_flight:
+            time.sleep(0.01)
+        with pytest.raises(DeadlineExceeded, match="slots"):
+            client.embed(IMAGE, timeout=0.3)
+        hog.join()
+
+
+def test_a_slow_server_is_given_less(proxy: Proxy) -> None:
+    """Else its deadline passes before it comes to the last of what it was sent."""
+    images = [encoded(seed) for seed in range(16)] * 12
+    with Client(proxy.url, timeout=2) as client:
+        client.model()
+        proxy.delay = 0.6  # over a quarter of the timeout
+        assert client.embed(images).shape == (192, 64)
+    assert proxy.most_in_flight <= 2
+
+
+# -- real servers in real trouble --------------------------------------------------------------
+
+
+@pytest.fixture
+def narrow_repository(tiny_repository: Path, tmp_path: Path) -> Path:
+    """The tiny model with room for two requests in the queue, and a slow way of making them."""
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_repository, folder)
+    config = folder / "preprocess" / "config.pbtxt"
+    text = config.read_text()
+    narrow = text.replace("max_queue_size: 512", "max_queue_size: 2")
+    assert narrow != text
+    config.write_text(narrow)
+    model = folder / "preprocess" / "1" / "model.py"
+    slow = model.read_text().replace(
+        "    def execute(self, requests):\n",
+        "    def execute(self, requests):\n        import time; time.sleep(0.3)\n",
+    )
+    assert slow != model.read_text()
+    model.write_text(slow)
+    return folder
+
+
+def test_a_full_queue_is_overload(narrow_repository: Path) -> None:
+    images = [encoded(seed) for seed in range(8)]
+    with serving(narrow_repository) as server:
+        with Client(server.url, retries=0) as client, ThreadPoolExecutor(8) as pool:
+            client.embed(IMAGE)
+            calls = [pool.submit(client.embed, image) for image in images]
+            errors = [error for call in calls if (error := call.exception()) is not None]
+            assert errors, "the queue was never full"
+            assert {type(error) for error in errors} == {Overloaded}
+        # With retries, patience gets all of them their answers.
+        with Client(server.url, retries=100) as client, ThreadPoolExecutor(8) as pool:
+            rows = np.stack(list(pool.map(client.embed, images)))
+            np.testing.assert_allclose(rows, client.embed(images), atol=1e-5)
+
+
+def test_a_server_that_hangs_and_recovers(tiny_repository: Path) -> None:
+    with serving(tiny_repository) as server, Client(server.url) as client:
+        client.embed(IMAGE)
+        triton = children(server.process.pid)
+        for pid in triton:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(DeadlineExceeded):
+                client.embed(IMAGE, timeout=0.5)
+            health = client.health(timeout=0.5)
+            assert not health
+            assert "within" in health.problem
+        finally:
+            for pid in triton:
+                os.kill(pid, signal.SIGCONT)
+        assert client.embed(IMAGE).shape == (64,)
+        assert client.health()
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    direct = [int(line) for line in found.stdout.split()]
+    return direct + [grandchild for child in direct for grandchild in children(child)]
+
+
+def test_a_server_that_goes_away_and_comes_back(tiny_repository: Path) -> None:
+    """The same client, without being told."""
+    with serving(tiny_repository) as server:
+        client = Client(server.url, retries=0)
+        client.embed(IMAGE)
+        port = server.url.rpartition(":")[2]
+    with pytest.raises(Unavailable, match=f"no server at 127.0.0.1:{port}"):
+        client.embed(IMAGE)
+    assert not client.health()
+    with serving(tiny_repository, "--grpc-port", port):
+        deadline = time.monotonic() + 20
+        while not client.health() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert client.embed(IMAGE).shape == (64,)
+    client.close()
+
+
+def test_no_server() -> None:
+    with Client("localhost:1", retries=1) as client, pytest.raises(Unavailable) as caught:
+        client.embed(IMAGE)
+    assert "no server at localhost:1" in str(caught.value)
+
+
+def test_the_http_port(tiny_server: Any) -> None:
+    url = tiny_server.http_url.removeprefix("http://")
+    with (
+        Client(url, retries=0, timeout=5) as client,
+        pytest.raises(Unavailable, match="Is it the HTTP port"),
+    ):
+        client.embed(IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("vat", "does not serve the vit models"), ("preprocess", "not the one this client is for")],
+)
+def test_a_server_with_other_models(
+    client: Client, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    """There is none of our name, or it is another one."""
+    monkeypatch.setattr("vit_client._wire.MODEL", name)
+    with pytest.raises(ModelNotServed, match=words):
+        client.embed(IMAGE)
+
+
+# -- misuse ------------------------------------------------------------------------------------
+
+
+def test_a_closed_client(url: str) -> None:
+    client = Client(url)
+    client.embed(IMAGE)
+    stream = client.stream([IMAGE] * 100)
+    next(stream)
+    client.close()
+    client.close()
+    with pytest.raises(ClientClosed, match="closed"):
+        list(stream)
+    with pytest.raises(ClientClosed, match="closed"):
+        client.embed(IMAGE)
+    with pytest.raises(ClientClosed, match="closed"):
+        next(client.stream([IMAGE]))
+
+
+def test_closing_ends_the_calls_of_other_threads(proxy: Proxy) -> None:
+    client = Client(proxy.url)
+    client.model()
+    proxy.delay = 30
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.embed, IMAGE)
+        while not proxy.in_flight:
+            time.sleep(0.01)
+        client.close()
+        assert isinstance(call.exception(timeout=5), ClientClosed)
+
+
+def test_many_threads_share_a_client(client: Client) -> None:
+    images = [encoded(seed) for seed in range(40)]
+    expected = client.embed(images)
+    with ThreadPoolExecutor(16) as pool:
+        rows = list(pool.map(client.embed, images))
+    np.testing.assert_allclose(np.stack(rows), expected, atol=1e-5)
+
+
+def test_many_tasks_share_a_client(url: str) -> None:
+    images = [encoded(seed) for seed in range(40)]
+
+    async def run() -> tuple[Any, Any]:
+        async with AsyncClient(url) as client:
+            rows = await asyncio.gather(*(client.embed(image) for image in images))
+            return np.stack(rows), await client.embed(images)
+
+    rows, expected = asyncio.run(run())
+    np.testing.assert_allclose(rows, expected, atol=1e-5)
+
+
+def test_a_client_of_another_event_loop(url: str) -> None:
+    client = AsyncClient(url)
+    asyncio.run(client.embed(IMAGE))  # type: ignore[arg-type]
+    with pytest.raises(ClientClosed, match="another event loop"):
+        asyncio.run(client.embed(IMAGE))  # type: ignore[arg-type]
+
+
+def test_cancelling_a_task_cancels_the_request(proxy: Proxy) -> None:
+    async def run() -> None:
+        async with AsyncClient(proxy.url) as client:
+            await client.model()
+            proxy.delay = 30
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(client.embed(IMAGE), 0.3)
+            await asyncio.sleep(0.2)
+
+    asyncio.run(run())
+    assert proxy.cancelled == 1
+    assert proxy.in_flight == 0
+
+
+def script(code: str, *arguments: str) -> "subprocess.Popen[str]":
+    """A program of its own, because it forks or is interrupted."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork")
+def test_after_a_fork_there_is_an_error_not_a_hang(url: str) -> None:
+    code = """
+        import os, sys
+        from vit_client import Client, ClientClosed
+        client, unused = Client(sys.argv[1]), Client(sys.argv[1])
+        if sys.argv[2] == "used":
+            client.model()
+        if os.fork() == 0:
+            try:
+                if sys.argv[2] == "used":
+                    client.model()
+                print(unused.embed(b"P6 1 1 255\\n123").shape)
+            except ClientClosed as error:
+                print(error)
+            client.close()
+            sys.stdout.flush()
+            os._exit(0)
+        os.wait()
+    """
+    out, _ = script(code, url, "used").communicate(timeout=20)
+    assert "does not survive a fork" in out
+    out, _ = script(code, url, "unused").communicate(timeout=20)
+    assert out == "(64,)\n"
+
+
+def test_ctrl_c_ends_a_call_at_once(proxy: Proxy) -> None:
+    code = """
+        import sys
+        from vit_client import Client
+        with Client(sys.argv[1]) as client:
+            client.model()
+            print("asking", flush=True)
+            try:
+                client.embed(b"P6 1 1 255\\n123")
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+    """
+    proxy.delay = 0
+    process = script(code, proxy.url)
+    assert process.stdout is not None
+    proxy.delay = 1  # also for the model, but that passes
+    assert process.stdout.readline() == "asking\n"
+    proxy.delay = 30
+    while proxy.in_flight == 0:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert out == "interrupted\n", err
+    deadline = time.monotonic() + 5
+    while proxy.in_flight and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert proxy.in_flight == 0
+
+
+def test_nothing_is_left_at_exit(url: str) -> None:
+    """A client that nobody closed, and a stream that nobody finished."""
+    code = """
+        import itertools, sys
+        from vit_client import Client
+        client = Client(sys.argv[1])
+        stream = client.stream(itertools.repeat(b"P6 1 1 255\\n123"))
+        print(next(stream).result.shape)
+    """
+    process = script(code, url)
+    out, err = process.communicate(timeout=20)
+    assert out == "(64,)\n"
+    assert err == ""
+    assert process.returncode == 0
