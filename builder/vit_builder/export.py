@@ -23,6 +23,8 @@ class ServedViT(nn.Module):
         super().__init__()
         self.dtype = DTYPES[precision]
         self.network = network.to(self.dtype)
+        # The head stays in fp32: bf16 logits would tie classes that are 1/256 apart.
+        self.network.classifier.float()
         self.top_k = top_k
         # Channels are the last axis of the pixels. Normalising is always done in fp32.
         self.register_buffer("mean", torch.tensor(checkpoint.rgb_mean) * 255)
@@ -34,9 +36,9 @@ class ServedViT(nn.Module):
         """
         x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         logits, embedding, neck = self.network(x.to(self.dtype))
-        probabilities = logits.float().softmax(dim=1)
+        probabilities = logits.softmax(dim=1)
         top_scores, top_indices = probabilities.topk(self.top_k, dim=1)
-        return probabilities, embedding.float(), neck.float(), top_scores, top_indices.int()
+        return probabilities, embedding, neck.float(), top_scores, top_indices.int()
 
 
 def trace(checkpoint: Checkpoint, precision: str, top_k: int) -> torch.jit.ScriptModule:

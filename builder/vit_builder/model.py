@@ -118,6 +118,7 @@ class ViT(nn.Module):
         x = torch.cat([self.reg_tokens.expand(x.shape[0], -1, -1), x], dim=1)  # registers first
         x = self.norm(self.encoder(x + self.pos_embedding))
         patches = x[:, self.cfg.num_reg_tokens :]
-        embedding = patches.mean(dim=1)
+        # In the head's precision, which may be above the encoder's.
+        embedding = patches.mean(dim=1, dtype=self.classifier.weight.dtype)
         neck = patches.transpose(1, 2).unflatten(2, self.cfg.grid)
         return self.classifier(embedding), embedding, neck
