@@ -37,6 +37,7 @@ clean:
 
 $(INSTALLED): constraints.txt find-python.sh */pyproject.toml
 	@python=$$(./find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
+	@echo "Installing into .venv: a minute where torch comes without CUDA, else several GB …"
 	$(PIP) install --quiet -c constraints.txt -e builder -e server -e 'client[all]'
 	@touch $@
 

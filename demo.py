@@ -18,9 +18,7 @@ def main() -> int:
             url = wait_until_ready(server)
             for words in COMMANDS if url else []:
                 print(f"\n$ vit-client {words}", flush=True)
-                subprocess.run(
-                    [BIN / "vit-client", *shlex.split(words), "--url", url], check=True
-                )
+                subprocess.run([BIN / "vit-client", *shlex.split(words), "--url", url], check=True)
         except subprocess.CalledProcessError as e:
             return e.returncode
         except KeyboardInterrupt:

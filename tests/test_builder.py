@@ -110,9 +110,7 @@ def test_batch_of_one_is_a_batch_size(tmp_path: Path) -> None:
         ((*TINY, "--max-batch-size", "0"), "0 is not a positive number"),
     ],
 )
-def test_mistakes_get_a_sentence(
-    arguments: tuple[str, ...], sentence: str, tmp_path: Path
-) -> None:
+def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
     result = builder(*arguments, "--output", tmp_path / "m")
     assert result.returncode not in (0, -9)
     assert sentence in result.stderr

@@ -102,7 +102,10 @@ BROKEN = {
         "7 heads do not divide 64 dimensions",
     ),
     "size": (
-        change("signature", {"inputs": [{"data_shape": [0, 3, 65, 64]}], "outputs": [{"data_shape": [0, 12]}]}),
+        change(
+            "signature",
+            {"inputs": [{"data_shape": [0, 3, 65, 64]}], "outputs": [{"data_shape": [0, 12]}]},
+        ),
         "65x64 is no multiple of 16",
     ),
     "labels": (change("class_to_idx", {"one": 1}), "does not number its 12 classes"),
@@ -110,9 +113,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", list(BROKEN))
-def test_what_is_wrong_is_said_in_one_sentence(
-    kind: str, content: Content, tmp_path: Path
-) -> None:
+def test_what_is_wrong_is_said_in_one_sentence(kind: str, content: Content, tmp_path: Path) -> None:
     spoil, reason = BROKEN[kind]
     spoil(content)
     torch.save(content, tmp_path / "broken.pt")
@@ -128,7 +129,7 @@ def test_truncated_file(name: str, share: float, tmp_path: Path) -> None:
     data = (GOLDENS / name).read_bytes()
     path = tmp_path / name
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(vit_builder.CheckpointError, match="not a complete|more than weights"):
+    with pytest.raises(vit_builder.CheckpointError, match=r"not a complete|more than weights"):
         vit_builder.load(path)
 
 

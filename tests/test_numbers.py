@@ -62,9 +62,7 @@ def test_served_full_model_gives_birders_numbers(
     files = [golden_image(photo).read_bytes() for photo in PHOTOS]
     answer = full_server.infer(ensemble, "image", files)
     assert list(answer) == [output]
-    np.testing.assert_allclose(
-        answer[output], expected(output), atol=TOLERANCES[output], rtol=0
-    )
+    np.testing.assert_allclose(answer[output], expected(output), atol=TOLERANCES[output], rtol=0)
 
 
 def test_served_classes_are_birders_best(full_server: Server) -> None:

@@ -1,4 +1,4 @@
-"""vit-server as a process: how it starts, what it says when it cannot, and what it leaves behind."""
+"""vit-server as a process: how it starts, what it says when it cannot, what it leaves."""
 
 import os
 import re
@@ -61,7 +61,7 @@ def test_it_listens_where_it_says_and_nowhere_else(tiny_server: Server) -> None:
     inodes = set()
     for pid in descendants(tiny_server.process.pid):
         for link in Path(f"/proc/{pid}/fd").iterdir():
-            target = os.readlink(link) if link.is_symlink() else ""
+            target = str(link.readlink())
             if found := re.fullmatch(r"socket:\[(\d+)\]", target):
                 inodes.add(found[1])
     listening = []
@@ -84,7 +84,7 @@ def test_port_in_use(tiny_repository: Path, flag: str) -> None:
 
 
 def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) -> None:
-    """gRPC shares ports silently (SO_REUSEPORT): a second server must not take half the requests."""
+    """gRPC shares ports silently (SO_REUSEPORT): no second server may take half the requests."""
     port = tiny_server.url.rpartition(":")[2]
     assert "Address already in use" in start_and_fail(
         tiny_repository, *FREE_PORTS, "--grpc-port", port
@@ -100,9 +100,7 @@ def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) 
         (("--grpc-port", "9901", "--http-port", "9901"), "must differ"),
     ],
 )
-def test_wrong_arguments(
-    tiny_repository: Path, arguments: tuple[str, ...], sentence: str
-) -> None:
+def test_wrong_arguments(tiny_repository: Path, arguments: tuple[str, ...], sentence: str) -> None:
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode not in (0, -9)
@@ -195,7 +193,7 @@ def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
         time.sleep(2.5)
         pids = descendants(process.pid)
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
     assert gone(pids)
     assert not segments(process.pid)

@@ -129,7 +129,9 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         with safe_open(path, framework="pt") as f:
-            content = {key: json.loads(v) for key, v in (f.metadata() or {}).items() if v[:1] in '{["'}
+            content = {
+                key: json.loads(v) for key, v in (f.metadata() or {}).items() if v[:1] in '{["'
+            }
             content["state"] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
         raise CheckpointError(f"{path} is not a complete safetensors file: {e}") from e
@@ -149,9 +151,13 @@ def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
         mean, std = (tuple(map(float, content["rgb_stats"][k])) for k in ("mean", "std"))
         by_index = {int(i): str(label) for label, i in content["class_to_idx"].items()}
     except (KeyError, IndexError, TypeError, ValueError) as e:
-        raise CheckpointError(f"its signature, rgb_stats or class_to_idx is malformed ({e!r})") from e
+        raise CheckpointError(
+            f"its signature, rgb_stats or class_to_idx is malformed ({e!r})"
+        ) from e
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise CheckpointError(f"its rgb_stats are not three means and three deviations: {mean}, {std}")
+        raise CheckpointError(
+            f"its rgb_stats are not three means and three deviations: {mean}, {std}"
+        )
     if sorted(by_index) != list(range(num_classes)) or not num_classes:
         raise CheckpointError(f"class_to_idx does not number its {num_classes} classes from 0")
     config = _override(config, content.get("config") or {})
@@ -169,9 +175,13 @@ def _override(config: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
     config = replace(config, **known)
     height, width = config.image_size
     if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
-        raise CheckpointError(f"its image size {height}x{width} is no multiple of {config.patch_size}")
+        raise CheckpointError(
+            f"its image size {height}x{width} is no multiple of {config.patch_size}"
+        )
     if config.hidden_dim % config.num_heads:
-        raise CheckpointError(f"{config.num_heads} heads do not divide {config.hidden_dim} dimensions")
+        raise CheckpointError(
+            f"{config.num_heads} heads do not divide {config.hidden_dim} dimensions"
+        )
     return config
 
 

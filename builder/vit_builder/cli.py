@@ -37,7 +37,9 @@ def build(
         say(f"Tracing {model.name} in {settings.precision} …")
         traced = export.trace(model, settings.precision, settings.top_k)
         repository.fill(folder, model, traced, settings, sha256)
-        say(f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …")
+        say(
+            f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …"
+        )
         file = folder / "vit" / "1" / "model.pt"
         agreement = verify.compare(file, model, settings.top_k, settings.max_batch_size)
         print(verify.table(agreement, settings.precision), flush=True)
@@ -132,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         "repository around it. The result is compared with the fp32 network on photos before it "
         "takes the place of what was there.",
         epilog="examples:\n"
-        "  vit-builder                                # published weights, settings for this machine\n"
+        "  vit-builder                                # published weights, for this machine\n"
         "  vit-builder --checkpoint my.safetensors    # your own fine-tuned checkpoint\n"
         "  vit-builder --device cuda                  # settings for a GPU that is elsewhere\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,

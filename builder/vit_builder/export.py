@@ -50,5 +50,7 @@ def trace(checkpoint: Checkpoint, precision: str, top_k: int) -> torch.jit.Scrip
     height, width = checkpoint.config.image_size
     pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        traced: torch.jit.ScriptModule = torch.jit.trace(served, pixels, check_trace=False)
+        traced: torch.jit.ScriptModule = torch.jit.trace(  # type: ignore[no-untyped-call]
+            served, pixels, check_trace=False
+        )
     return traced

@@ -79,9 +79,7 @@ def _download(folder: Path) -> Path:
         # Fails within seconds where there is no network; the download itself would retry for long.
         api = HfApi(endpoint=ENDPOINT)
         api.repo_info(REPO, revision=REVISION, timeout=10)
-        return Path(
-            api.hf_hub_download(REPO, f"{NAME}.pt", revision=REVISION, local_dir=folder)
-        )
+        return Path(api.hf_hub_download(REPO, f"{NAME}.pt", revision=REVISION, local_dir=folder))
     except Exception as e:  # of the HTTP library, which is another one in each huggingface_hub
         reason = next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)
         raise HubUnreachable(f"{REPO}: {reason}") from e

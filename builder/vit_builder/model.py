@@ -51,7 +51,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(cfg.hidden_dim, cfg.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         x = F.scaled_dot_product_attention(q, k, v)  # [N, heads, T, D / heads]
         out: Tensor = self.proj(x.transpose(1, 2).flatten(2))
         return out
@@ -120,5 +122,5 @@ class ViT(nn.Module):
         patches = x[:, self.cfg.num_reg_tokens :]
         # In the head's precision, which may be above the encoder's.
         embedding = patches.mean(dim=1, dtype=self.classifier.weight.dtype)
-        neck = patches.transpose(1, 2).unflatten(2, self.cfg.grid)
+        neck = torch.unflatten(patches.transpose(1, 2), 2, self.cfg.grid)
         return self.classifier(embedding), embedding, neck

@@ -55,9 +55,7 @@ def fill(
     (folder / "postprocess" / "1" / "labels.txt").write_text(labels, "utf-8", newline="\n")
 
 
-def _fill_vit(
-    config: ModelConfig, checkpoint: Checkpoint, settings: Settings, sha256: str
-) -> None:
+def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, sha256: str) -> None:
     for warmup in config.model_warmup:
         warmup.batch_size = min(warmup.batch_size, settings.max_batch_size)
         warmup.inputs["pixels"].dims[:] = config.input[0].dims
@@ -93,8 +91,10 @@ def replacing(output: Path) -> Iterator[Path]:
     Raises:
         RepositoryError: `output` is something else than a repository this builder wrote.
     """
-    if output.exists() and not (output / REPORT).is_file() and (
-        not output.is_dir() or any(output.iterdir())
+    if (
+        output.exists()
+        and not (output / REPORT).is_file()
+        and (not output.is_dir() or any(output.iterdir()))
     ):
         raise RepositoryError(f"{output} exists and is not a repository that vit-builder wrote")
     output = output.resolve()

@@ -1,6 +1,6 @@
 """Prove the file that was written: model.pt against the fp32 eager network, on real photos."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -42,18 +42,24 @@ LIMITS = {
 
 
 def compare(model_file: Path, checkpoint: Checkpoint, top_k: int, max_batch_size: int) -> Agreement:
-    """Reload `model_file` and compare it at batch sizes 1, the number of photos, and the largest."""
+    """Reload `model_file` and compare it at batch sizes 1, that of the photos, and the largest."""
     pixels = torch.stack([_pixels(path, checkpoint.config.image_size) for path in PHOTOS])
     reference = ServedViT(checkpoint.network(), checkpoint, "fp32", top_k).eval()
-    module = torch.jit.load(str(model_file), map_location="cpu")
+    module = torch.jit.load(str(model_file), "cpu")  # type: ignore[no-untyped-call]
     found = []
     with torch.inference_mode():
         expected = reference(pixels)
         for size in sorted({1, min(len(PHOTOS), max_batch_size), max_batch_size}):
             rows = torch.tensor(list(islice(cycle(range(len(PHOTOS))), size)))
             found.append(_agreement(module(pixels[rows]), [out[rows] for out in expected]))
-    table = np.array([list(asdict(agreement).values()) for agreement in found])
-    return Agreement(*table[:, :3].max(axis=0).tolist(), *table[:, 3:].min(axis=0).tolist())
+    return Agreement(
+        **{
+            field.name: (max if field.name.endswith("diff") else min)(
+                getattr(agreement, field.name) for agreement in found
+            )
+            for field in fields(Agreement)
+        }
+    )
 
 
 def check(agreement: Agreement, precision: str) -> None:
@@ -86,10 +92,12 @@ def _pixels(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def _agreement(actual: tuple[Tensor, ...], expected: list[Tensor]) -> Agreement:
-    diffs = [float((a - e).abs().max()) for a, e in zip(actual[:3], expected[:3], strict=True)]
+    probabilities, embedding, neck = (
+        float((a - e).abs().max()) for a, e in zip(actual[:3], expected[:3], strict=True)
+    )
     cosine = torch.cosine_similarity(actual[1].double(), expected[1].double()).min()
     ours, theirs = actual[4], expected[4]
     k = min(5, ours.shape[1])
     shared = (ours[:, :k, None] == theirs[:, None, :k]).any(dim=2).float().mean()
     top1 = (ours[:, 0] == theirs[:, 0]).float().mean()
-    return Agreement(*diffs, float(cosine), float(top1), float(shared))
+    return Agreement(probabilities, embedding, neck, float(cosine), float(top1), float(shared))

@@ -188,7 +188,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ADDRESS",
         help="address to listen on. There is no encryption and no login: keep it on loopback",
     )
-    add("--grpc-port", type=_port, default=8001, metavar="PORT", help="what vit-client talks to; 0 takes a free one, for each of the three")
+    add(
+        "--grpc-port",
+        type=_port,
+        default=8001,
+        metavar="PORT",
+        help="what vit-client talks to; 0 takes a free one, for each of the three",
+    )
     add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls as JSON")
     add("--metrics-port", type=_port, default=8002, metavar="PORT", help="for Prometheus")
     add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")

@@ -59,11 +59,13 @@ def find() -> Installation:
     )
     for path in (found.binary, found.python_backend, found.stub, found.libraries):
         if not path.exists():
-            raise ServerError(f"nvidia-pytriton has no {path}: is it 0.7.0, on Python 3.10 to 3.12?")
+            raise ServerError(
+                f"nvidia-pytriton has no {path}: is it 0.7.0, on Python 3.10 to 3.12?"
+            )
     if not _has_libpython():
         raise ServerError(
-            f"Triton's Python models need the shared library of Python {python}, and {sys.executable} "
-            f"has none: on Debian and Ubuntu `apt-get install libpython{python}`"
+            f"Triton's Python models need the shared library of Python {python}, and "
+            f"{sys.executable} has none: on Debian and Ubuntu `apt-get install libpython{python}`"
         )
     return found
 

@@ -17,9 +17,13 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         self.input = config["input"][0]["name"]
-        self.outputs = {out["name"]: int(out["name"].rpartition("__")[2]) for out in config["output"]}
+        self.outputs = {
+            out["name"]: int(out["name"].rpartition("__")[2]) for out in config["output"]
+        }
         on_gpu = args["model_instance_kind"] == "GPU" and torch.cuda.is_available()
-        self.device = torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else "cpu"
+        self.device = (
+            torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else "cpu"
+        )
         flag = config["parameters"].get("DISABLE_OPTIMIZED_EXECUTION", {}).get("string_value")
         self.optimize = flag != "true"
         file = config["default_model_filename"] or "model.pt"
