@@ -133,9 +133,19 @@ def _ppm(image: Image.Image, size: tuple[int, int]) -> bytes:
     from PIL import Image
 
     height, width = size
-    if image.width * image.height > width * height:
+    smaller = image.width * image.height > width * height
+    if smaller and _scales_like_the_server(image, size):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     out = io.BytesIO()
     out.write(b"P6 %d %d 255\n" % image.size)
     out.write(image.tobytes())
     return out.getvalue()
+
+
+def _scales_like_the_server(image: Image.Image, size: tuple[int, int]) -> bool:
+    """The server has Pillow 13 or later, which scales images that lose more of their height than
+    of their width in another order than earlier ones, to slightly different pixels."""
+    from PIL import __version__
+
+    height, width = size
+    return int(__version__.split(".")[0]) >= 13 or image.height * width <= image.width * height

@@ -149,7 +149,8 @@ class Overloaded(VitClientError):
 
 
 class Unavailable(VitClientError):
-    """No server could be reached at the address, or the connection broke."""
+    """No server could be reached at the address, the connection broke, or the server is starting or
+    stopping."""
 
     retryable = True
 
@@ -163,6 +164,8 @@ class ServerError(VitClientError):
 
 
 _OVERLOAD_TEXTS = ("exceeds maximum queue size", "request timeout expired")
+# As it starts, and already as it stops: with several servers, another one will answer.
+_NOT_LOADED = "has no available versions"
 
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -182,8 +185,8 @@ def from_grpc(
 ) -> VitClientError:
     """Turn a gRPC error into ours. This is the one place that reads gRPC status codes.
 
-    Triton answers UNAVAILABLE for a full queue, an expired wait in the queue and a model that is
-    not loaded as well as for a server that is gone, so those are told apart by their text.
+    Triton answers UNAVAILABLE for a full queue and an expired wait in it as well as for a server
+    that is gone, and NOT_FOUND while it stops, so those are told apart by their text.
     """
     code: grpc.StatusCode = error.code()
     details: str = error.details() or ""
@@ -191,6 +194,8 @@ def from_grpc(
     kind = _BY_CODE.get(code, ServerError)
     if any(text in lower for text in _OVERLOAD_TEXTS):
         kind = Overloaded
+    elif _NOT_LOADED in lower:
+        kind = Unavailable
     elif "request for unknown model" in lower:
         kind = ModelNotServed
     elif kind is Unavailable and "handshake" in lower:
@@ -201,6 +206,8 @@ def from_grpc(
 def _message(
     kind: type[VitClientError], code: grpc.StatusCode, details: str, url: str, timeout: float
 ) -> str:
+    if _NOT_LOADED in details:
+        return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if kind is Unavailable:
         return f"no server at {url}{_unavailable_hint(details)} ({details})"
     if kind is DeadlineExceeded:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import vit_client
 from PIL import Image
-from vit_client import BadImage, BadImages, Client, Prediction
+from vit_client import BadImage, BadImages, Client, ImageLike, Prediction
 
 from .conftest import encoded, pixels
 
@@ -83,7 +82,14 @@ def test_every_kind_of_image_gives_the_same_pixels(client: Client, path: Path) -
 def test_a_mixed_list(client: Client, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
     file.write_bytes(encoded(3))
-    kinds = [file, str(file), encoded(3), io.BytesIO(encoded(3)), Image.open(file), pixels(3)]
+    kinds: list[ImageLike] = [
+        file,
+        str(file),
+        encoded(3),
+        io.BytesIO(encoded(3)),
+        Image.open(file),
+        pixels(3),
+    ]
     rows = client.embed(kinds)
     for row in rows[1:]:
         np.testing.assert_array_equal(row, rows[0])
@@ -106,7 +112,7 @@ def test_bad_images_do_not_cost_their_neighbours_the_answers(
     """Broken ones here and there, refused by the server or already by the client."""
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(encoded(0, "JPEG")[:300])
-    images: list[vit_client.ImageLike] = [encoded(seed) for seed in range(40)]
+    images: list[ImageLike] = [encoded(seed) for seed in range(40)]
     images[2], images[17], images[18], images[39] = b"bad", broken, tmp_path / "missing", b""
     with pytest.raises(BadImages) as caught:
         client.embed(images)
