@@ -1,0 +1,138 @@
+"""The server that is measured: its address, what it serves, and its own statistics."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc import InferenceServerClient, InferenceServerException
+
+STEPS = ("preprocess", "vit", "postprocess")
+
+
+class ServerError(Exception):
+    """The server did not start or does not answer; the message is for the person."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens for gRPC, and the TLS files for it."""
+
+    host: str  # host:port
+    tls: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    def arguments(self) -> list[str]:
+        """The same for perf_analyzer."""
+        files = {
+            "--ssl-grpc-root-certifications-file": self.ca_file,
+            "--ssl-grpc-certificate-chain-file": self.cert_file,
+            "--ssl-grpc-private-key-file": self.key_file,
+        }
+        given = [part for name, file in files.items() if file for part in (name, file)]
+        return ["-u", self.host, *(["--ssl-grpc-use-ssl"] if self.tls else []), *given]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Triton's counters of one model since it started."""
+
+    requests: int
+    images: int
+    executions: int
+    queue_ns: int
+    compute_ns: int
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """What came in between."""
+        return Counters(
+            self.requests - earlier.requests,
+            self.images - earlier.images,
+            self.executions - earlier.executions,
+            self.queue_ns - earlier.queue_ns,
+            self.compute_ns - earlier.compute_ns,
+        )
+
+
+class Triton:
+    """What is asked of the server besides the load."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._client = InferenceServerClient(
+            address.host,
+            ssl=address.tls,
+            root_certificates=address.ca_file,
+            certificate_chain=address.cert_file,
+            private_key=address.key_file,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Versions, and what the builder wrote about the network.
+
+        Raises:
+            ServerError: it does not answer, or its models are others.
+        """
+        try:
+            server = self._client.get_server_metadata(client_timeout=10)
+            config = self._client.get_model_config("vit", client_timeout=10).config
+        except InferenceServerException as e:
+            raise ServerError(f"{self.address.host}: {e.message()}") from e
+        names = ("model_name", "weights", "precision")
+        return {
+            "triton": server.version,
+            **{name: config.parameters[name].string_value for name in names},
+            "max_batch_size": config.max_batch_size,
+            "pixels": list(config.input[0].dims),
+        }
+
+    def counters(self) -> dict[str, Counters]:
+        """Of each model that does work (ensembles do none)."""
+        try:
+            all_stats = self._client.get_inference_statistics(client_timeout=10).model_stats
+        except InferenceServerException as e:
+            raise ServerError(f"{self.address.host}: {e.message()}") from e
+        return {model.name: _counters(model) for model in all_stats if model.name in STEPS}
+
+
+def _counters(model: Any) -> Counters:
+    stats = model.inference_stats
+    compute = (stats.compute_input, stats.compute_infer, stats.compute_output)
+    return Counters(
+        requests=stats.success.count,
+        images=model.inference_count,
+        executions=model.execution_count,
+        queue_ns=stats.queue.ns,
+        compute_ns=sum(part.ns for part in compute),
+    )
+
+
+@contextlib.contextmanager
+def local_server(repository: Path) -> Iterator[Address]:
+    """vit-server on free ports of this machine, stopped at the end.
+
+    Raises:
+        ServerError: it does not start; why, it has said on standard error.
+    """
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    vit_server = str(Path(sys.executable).parent / "vit-server")
+    command = [vit_server, "--model-repository", str(repository), *ports]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            host = ""
+            for line in process.stdout or ():
+                if line.startswith("gRPC"):
+                    host = line.split()[1]
+                if line.startswith("Ready"):
+                    break
+            else:
+                raise ServerError(f"vit-server ended with exit code {process.wait()}")
+            yield Address(host)
+        finally:
+            process.terminate()
+            process.wait()
