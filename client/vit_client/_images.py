@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +20,8 @@ ENCODED = (bytes, bytearray, memoryview)
 # PIL opens files lazily, and two threads must not load the same image at once. One of these locks
 # is picked by the image's identity, so that different images still load side by side.
 _LOCKS = [threading.Lock() for _ in range(16)]
+
+_PILLOW = int(PIL.__version__.split(".")[0])
 
 
 class Unusable(Exception):
@@ -63,11 +65,11 @@ def encode(image: ImageLike, size: tuple[int, int]) -> bytes:
     elif isinstance(image, (str, os.PathLike)):
         data = _read(Path(image))
     elif isinstance(image, np.ndarray):
-        data = _ppm(_from_array(image), size)
+        data = _from_array(image, size)
     elif hasattr(image, "read"):
         data = _read_open(image)
     else:
-        data = _ppm(_from_pil(image), size)
+        data = _from_pil(image, size)
     if not data:
         raise Unusable("is empty")
     return data
@@ -92,9 +94,17 @@ def _read_open(file: Any) -> bytes:
     return data
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
-    from PIL import Image
+def _from_array(array: np.ndarray[Any, Any], size: tuple[int, int]) -> bytes:
+    _check_array(array)
+    height, width, _ = array.shape
+    if _shrinks(height, width, size):
+        from PIL import Image
 
+        return _scaled(Image.fromarray(np.ascontiguousarray(array)), size)
+    return _ppm(height, width, array.tobytes())
+
+
+def _check_array(array: np.ndarray[Any, Any]) -> None:
     what = f"array of {array.dtype} {list(array.shape)} is not uint8 [height, width, 3]"
     if array.ndim == 4:
         raise Unusable(f"{what}: for a batch pass list(array)")
@@ -110,42 +120,43 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
         raise Unusable(f"{what}: scale it to 0…255 and convert with astype('uint8')")
     if array.size == 0:
         raise Unusable(f"{what}: it has no pixels")
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _from_pil(image: Any) -> Image.Image:
+def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
     from PIL import Image
 
     if not isinstance(image, Image.Image):
         raise Unusable(
-            f"{type(image).__name__} is not an image: give a path, "
-            "bytes, a binary file, a PIL image or a uint8 array [height, width, 3]"
+            f"{type(image).__name__} is not an image: give a path, bytes, a binary file, a PIL "
+            "image or a uint8 array [height, width, 3]"
         )
     try:
         with _LOCKS[hash(id(image)) % len(_LOCKS)]:
             image.load()
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # truncated, closed or broken files
-        raise Unusable(str(error)) from None
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            if _shrinks(rgb.height, rgb.width, size):
+                return _scaled(rgb, size)
+            return _ppm(rgb.height, rgb.width, rgb.tobytes())
+    except Exception as error:  # a closed or broken file raises nearly anything in Pillow
+        raise Unusable(f"it cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
-def _ppm(image: Image.Image, size: tuple[int, int]) -> bytes:
+def _shrinks(height: int, width: int, size: tuple[int, int]) -> bool:
+    """Whether an image is to be scaled here rather than by the server."""
+    if height * width <= size[0] * size[1]:
+        return False
+    # The server has Pillow 13 or later, which scales images that lose more of their height than
+    # of their width in another order than earlier ones, to slightly different pixels.
+    return _PILLOW >= 13 or height * size[1] <= width * size[0]
+
+
+def _scaled(image: Image.Image, size: tuple[int, int]) -> bytes:
     from PIL import Image
 
     height, width = size
-    smaller = image.width * image.height > width * height
-    if smaller and _scales_like_the_server(image, size):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    out = io.BytesIO()
-    out.write(b"P6 %d %d 255\n" % image.size)
-    out.write(image.tobytes())
-    return out.getvalue()
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    return _ppm(height, width, small.tobytes())
 
 
-def _scales_like_the_server(image: Image.Image, size: tuple[int, int]) -> bool:
-    """The server has Pillow 13 or later, which scales images that lose more of their height than
-    of their width in another order than earlier ones, to slightly different pixels."""
-    from PIL import __version__
-
-    height, width = size
-    return int(__version__.split(".")[0]) >= 13 or image.height * width <= image.width * height
+def _ppm(height: int, width: int, pixels: bytes) -> bytes:
+    return b"P6 %d %d 255\n" % (width, height) + pixels

@@ -1,0 +1,112 @@
+"""What is sent for each kind of image, and what is said of things that are none."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from vit_client import _images
+from vit_client._images import Unusable, encode, is_one_image, name_of
+
+from .conftest import encoded, pixels
+
+SIZE = (64, 64)
+
+
+def test_files_are_sent_as_they_are(tmp_path: Path) -> None:
+    """No decoding, no encoding, nothing lost."""
+    data = encoded(0, "JPEG")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    for image in (path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data)):
+        assert encode(image, SIZE) == data
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (10, 20), (200, 100), (100, 200), (64, 65)])
+@pytest.mark.parametrize("kind", ["array", "slice", "PIL"])
+def test_pixels_are_sent_whole_or_as_the_server_would_scale_them(
+    shape: tuple[int, int], kind: str
+) -> None:
+    array = pixels(0, *shape)
+    given: Any = {
+        "array": array,
+        "slice": np.flip(np.flip(array, 0).copy(), 0),
+        "PIL": Image.fromarray(array),
+    }[kind]
+    sent = Image.open(io.BytesIO(encode(given, SIZE)))
+    assert sent.width * sent.height <= max(shape[0] * shape[1], 64 * 64)
+    there = sent.convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+    expected = Image.fromarray(array).resize((64, 64), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(there), np.asarray(expected))
+
+
+def test_nothing_larger_than_the_model_needs_is_sent() -> None:
+    assert len(encode(pixels(0, 1000, 900), SIZE)) < 64 * 64 * 3 + 20
+    assert len(encode(Image.new("L", (1000, 900)), SIZE)) < 64 * 64 * 3 + 20
+
+
+def test_an_older_pillow_leaves_tall_images_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would scale them to other pixels than the server's."""
+    monkeypatch.setattr(_images, "_PILLOW", 12)
+    assert len(encode(pixels(0, 400, 100), SIZE)) > 400 * 100 * 3
+    assert len(encode(pixels(0, 100, 400), SIZE)) < 64 * 64 * 3 + 20
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((8, 8, 3), np.float32), "astype"),
+        (np.zeros((8, 8), np.uint8), "grey"),
+        (np.zeros((3, 8, 8), np.uint8), "transpose"),
+        (np.zeros((8, 8, 4), np.uint8), r"\[8, 8, 4\] is not uint8 \[height, width, 3\]"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "list"),
+        (np.zeros((0, 8, 3), np.uint8), "no pixels"),
+        (np.zeros(8, np.uint8), "is not uint8"),
+        (b"", "is empty"),
+        (io.StringIO("text"), '"rb"'),
+        ("", "directory"),
+        ("no\0name", "null"),
+        ("/no/such/file", "no such file"),
+        ("/", "directory"),
+        (7, "int is not an image"),
+        (None, "NoneType is not an image"),
+    ],
+)
+def test_what_is_no_image_is_told_why(image: Any, words: str) -> None:
+    with pytest.raises(Unusable, match=words):
+        encode(image, SIZE)
+
+
+def test_a_closed_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(0))
+    with path.open("rb") as file, Image.open(path) as image:
+        pass
+    with pytest.raises(Unusable, match="closed"):
+        encode(file, SIZE)
+    with pytest.raises(Unusable, match="cannot be decoded"):
+        encode(image, SIZE)
+
+
+def test_a_truncated_pil_image() -> None:
+    image = Image.open(io.BytesIO(encoded(0, "JPEG")[:1500]))
+    with pytest.raises(Unusable, match="truncated"):
+        encode(image, SIZE)
+
+
+def test_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(0))
+    with path.open("rb") as file, Image.open(path) as image:
+        assert {name_of(each) for each in (path, str(path), file, image)} == {str(path)}
+    assert name_of(encoded(0)) is None
+    assert name_of(pixels(0)) is None
+    assert name_of(io.BytesIO(b"x")) is None
+
+
+def test_one_or_many(tmp_path: Path) -> None:
+    one = ["a.jpg", Path("a.jpg"), b"x", pixels(0), Image.new("RGB", (1, 1)), io.BytesIO(), 7]
+    assert all(is_one_image(image) for image in one)
+    assert not any(is_one_image(images) for images in ([], (), iter([]), {"a.jpg"}, map(str, [])))
