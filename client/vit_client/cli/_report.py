@@ -7,7 +7,9 @@ import sys
 
 def note(message: str) -> None:
     """Something to know."""
-    print(f"vit-client: {message}", file=sys.stderr, flush=True)
+    # On a terminal, over the progress bar, which then draws itself anew below.
+    clear = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{clear}vit-client: {message}", file=sys.stderr, flush=True)
 
 
 def error(message: str) -> None:
