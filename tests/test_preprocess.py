@@ -1,0 +1,55 @@
+"""The decode function of `preprocess`, outside of Triton: what goldens over gRPC do not reach."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import PIL
+import pytest
+from conftest import GOLDENS
+from PIL import Image
+from vit_server import tritonserver
+
+
+@pytest.fixture(scope="module")
+def preprocess() -> ModuleType:
+    """model_repository/preprocess/1/model.py, beside Triton's own utilities."""
+    sys.path.append(str(tritonserver.find().python_backend))
+    path = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location("preprocess", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(PIL.__version__ < "13", reason="the order of the passes is Pillow 13's")
+def test_order_of_the_passes_is_pillows(preprocess: ModuleType) -> None:
+    random = np.random.default_rng(0)
+    orders = set()
+    for _ in range(200):
+        width, height, to_width, to_height = random.integers(1, 400, 4).tolist()
+        image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
+        ours = np.asarray(preprocess.resize(image, to_width, to_height))
+        pillows = image.resize((to_width, to_height), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(ours, np.asarray(pillows))
+        orders.add(height > to_height and height - to_height > 2 * (width - to_width))
+    assert orders == {True, False}
+
+
+def test_messages_have_bounds(preprocess: ModuleType) -> None:
+    lines = [f"image[{row}]: {'x' * 200}" for row in range(64)]
+    message = preprocess.shorten(lines)
+    assert len(message) < preprocess.MAX_MESSAGE + 300
+    assert message.splitlines()[:2] == lines[:2]
+    assert message.splitlines()[-1] == f"(and {64 - len(message.splitlines()) + 1} more)"
+
+
+def test_limit_is_on_pixels_not_on_sides(preprocess: ModuleType) -> None:
+    data = (GOLDENS / "images" / "tall.jpg").read_bytes()  # 37x700
+    assert preprocess.decode(data, 64, 64, 37 * 700).shape == (64, 64, 3)
+    with pytest.raises(preprocess.BadImage, match="37x700 is over 25899 pixels"):
+        preprocess.decode(data, 64, 64, 37 * 700 - 1)
