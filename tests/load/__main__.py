@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 from datetime import datetime, timezone
@@ -14,7 +13,7 @@ from . import inputs, perf_analyzer, report
 from .perf_analyzer import PerfAnalyzerError
 from .report import Point
 from .sweep import Sweep
-from .triton import Address, ServerError, Triton, local_server
+from .triton import Address, ServerError, Triton, local_server, machine
 
 MODELS = ("classify", "probabilities", "embed", "features", "vit")
 RESULTS = Path(__file__).parent / "results"
@@ -91,7 +90,7 @@ def _inputs(
 
 def _facts(args: argparse.Namespace, served: dict[str, Any], paths: list[Path]) -> dict[str, Any]:
     weights = served["weights"] or "unknown"
-    where = args.url or f"vit-server here, with perf_analyzer beside it: {_machine()}"
+    where = args.url or f"vit-server here, with perf_analyzer beside it: {machine()}"
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "network": f"{served['model_name']} in {served['precision']}, {weights} weights",
@@ -100,12 +99,6 @@ def _facts(args: argparse.Namespace, served: dict[str, Any], paths: list[Path]) 
         "perf_analyzer": " ".join(["of", perf_analyzer.version(), *args.extra]),
         "measured": f"{perf_analyzer.WINDOWS} windows of {args.seconds:g} s each",
     }
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    name = next((line for line in cpuinfo.splitlines() if line.startswith("model name")), ": ?")
-    return f"{len(os.sched_getaffinity(0))} cores of {name.partition(': ')[2]}"
 
 
 def _address(args: argparse.Namespace) -> Address:

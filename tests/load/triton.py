@@ -1,6 +1,7 @@
 """The server that is measured: its address, what it serves, and its own statistics."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -136,3 +137,10 @@ def local_server(repository: Path) -> Iterator[Address]:
         finally:
             process.terminate()
             process.wait()
+
+
+def machine() -> str:
+    """This machine, in words."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    name = next((line for line in cpuinfo.splitlines() if line.startswith("model name")), ": ?")
+    return f"{len(os.sched_getaffinity(0))} cores of {name.partition(': ')[2]}"

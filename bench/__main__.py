@@ -1,0 +1,178 @@
+"""All yardsticks in one run, in turns, so that a machine's good and bad minutes hit all alike."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.load import inputs, perf_analyzer
+from tests.load.perf_analyzer import WINDOWS, PerfAnalyzerError
+from tests.load.triton import Address, ServerError, Triton, local_server, machine
+
+from . import report
+
+HERE = Path(__file__).parent
+CONCURRENCY = 16
+SHARE = 0.8  # of the slowest server's throughput: the load at which latencies are compared
+
+
+class PeerError(Exception):
+    """A part of the comparison failed; why, it has said on standard error."""
+
+
+@dataclass
+class Bench:
+    """What is measured with what."""
+
+    python: Path  # of the virtual environment with the peers
+    repository: Path
+    seconds: float
+    folder: Path
+    binary: Path = field(default_factory=perf_analyzer.install)
+
+    def alone(self, what: str) -> dict[str, float]:
+        """Figures of alone.py."""
+        return self._run("alone.py", what, self.repository, inputs.PHOTOS, self.seconds)
+
+    def peer(self, url: str, form: str, how: str, value: float | Path) -> dict[str, float]:
+        """One load on another server, by HTTP."""
+        seconds = WINDOWS * self.seconds
+        return self._run("http_load.py", url, form, inputs.PHOTOS, seconds, how, value)
+
+    def served(self, address: Address, how: str, value: float | Path) -> dict[str, float]:
+        """One load on ours, by perf_analyzer."""
+        option = {"concurrency": "--concurrency-range", "intervals": "--request-intervals"}[how]
+        arguments = [*address.arguments(), option, str(value)]
+        data = self.folder / "images.json"
+        found = perf_analyzer.measure(self.binary, "embed", data, self.seconds, arguments)
+        return {"per_second": found.per_second, "p50": found.p50, "p99": found.p99}
+
+    def _run(self, script: str, *arguments: object) -> dict[str, float]:
+        command = [str(self.python), str(HERE / "peers" / script), *map(str, arguments)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
+        if done.returncode != 0:
+            raise PeerError(f"{script} {arguments[0]} failed, see above")
+        figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return figures
+
+    @contextlib.contextmanager
+    def peer_server(self, script: str) -> Iterator[str]:
+        """The address of another server, started for as long as it is needed."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [str(self.python), str(HERE / "peers" / script), str(self.repository), str(port)]
+        # A session of its own: its workers must end with it.
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            yield f"http://127.0.0.1:{port}/embed"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> int:
+    """Entry point; the exit code."""
+    args = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = HERE / "results" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
+    folder.mkdir(parents=True)
+    try:
+        bench = Bench(args.python, args.model_repository.resolve(), args.seconds, folder)
+        rounds, facts = _measure(bench, args.rounds)
+    except (PeerError, PerfAnalyzerError, ServerError) as e:
+        print(f"bench: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    (folder / "results.json").write_text(json.dumps({**facts, "rounds": rounds}, indent=2) + "\n")
+    text = report.markdown(facts, rounds)
+    (folder / "report.md").write_text(text)
+    print(f"\n{text}\nWrote {folder}")
+    return 0
+
+
+def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    inputs.write_images(
+        bench.folder / "images.json", [p.read_bytes() for p in inputs.photos(inputs.PHOTOS)]
+    )
+    with contextlib.ExitStack() as stack:
+        # All stay up, idle but for the one that is measured.
+        address = stack.enter_context(local_server(bench.repository))
+        litserve = stack.enter_context(bench.peer_server("serve_litserve.py")), "json"
+        fastapi = stack.enter_context(bench.peer_server("serve_fastapi.py")), "raw"
+        for url, form in (litserve, fastapi):
+            bench.peer(url, form, "concurrency", 1)  # until both are up and warm
+        rounds: list[dict[str, Any]] = []
+        for number in range(count):
+            _say(f"round {number + 1} of {count}: throughput")
+            found: dict[str, Any] = {
+                what: bench.alone(what) for what in ("torchscript", "pillow", "eager", "openvino")
+            }
+            found["served"] = bench.served(address, "concurrency", CONCURRENCY)
+            found["served alone"] = bench.served(address, "concurrency", 1)
+            found["litserve"] = bench.peer(*litserve, "concurrency", CONCURRENCY)
+            found["fastapi"] = bench.peer(*fastapi, "concurrency", CONCURRENCY)
+            rounds.append(found)
+        rate = SHARE * report.slowest(rounds)
+        intervals = _intervals(bench, rate)
+        for number, found in enumerate(rounds):
+            _say(f"round {number + 1} of {count}: latency at {rate:.1f} requests/s")
+            found["served at rate"] = bench.served(address, "intervals", intervals)
+            found["litserve at rate"] = bench.peer(*litserve, "intervals", intervals)
+            found["fastapi at rate"] = bench.peer(*fastapi, "intervals", intervals)
+        facts = {**Triton(address).facts(), "rate": rate, "concurrency": CONCURRENCY}
+        facts["machine"] = machine()
+    return rounds, facts
+
+
+def _intervals(bench: Bench, rate: float) -> Path:
+    """The same arrivals for everyone: as of independent users, and of exactly this rate."""
+    gaps = np.random.default_rng(0).exponential(size=round(rate * WINDOWS * bench.seconds) + 1)
+    path = bench.folder / "intervals.txt"
+    path.write_text("\n".join(f"{gap:.0f}" for gap in gaps * (1e6 / rate / gaps.mean())) + "\n")
+    return path
+
+
+def _say(text: str) -> None:
+    print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Compare the served `embed` with what this machine can do at best, with the "
+        "eager network, and with other servers. Needs a machine that does nothing else.",
+    )
+    add = parser.add_argument
+    add(
+        "--python",
+        type=Path,
+        default=Path(".venv-bench/bin/python"),
+        metavar="FILE",
+        help="of the environment with bench/peers/requirements.txt (default: .venv-bench's)",
+    )
+    add("--model-repository", type=Path, default=Path("models"), metavar="DIR", help="(models)")
+    add("--rounds", type=int, default=3, help="medians are over these (default: 3)")
+    add("--seconds", type=float, default=5, help="of each of three windows (default: 5)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Without a server: `alone.py WHAT REPOSITORY PHOTOS SECONDS` prints its figures as JSON."""
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import network
+import numpy as np
+import torch
+from network import CORES, Pixels
+
+BATCHES = (1, 2, 4, 8, 16)
+Figures = dict[str, float]
+
+
+def per_second(run: Callable[[], object], images: int, seconds: float) -> float:
+    """Images a second of `run`, which does `images` of them; the first run does not count."""
+    run()
+    count, start = 0, time.perf_counter()
+    while (took := time.perf_counter() - start) < seconds or not count:
+        run()
+        count += 1
+    return count * images / took
+
+
+def torchscript(repository: Path, photos: list[bytes], seconds: float) -> Figures:
+    """model.pt at each batch size."""
+    served = network.Served(repository)
+    pixels = _pixels(photos, served.size)
+    return {
+        str(batch): per_second(partial(served.embed, pixels[:batch]), batch, seconds / len(BATCHES))
+        for batch in BATCHES
+    }
+
+
+def eager(repository: Path, photos: list[bytes], seconds: float) -> Figures:
+    """One photo after another, from the file to the answer, through the fp32 network."""
+    module = network.eager(repository)
+    size = network.sizes(repository).image_size
+    turn = itertools.cycle(photos)
+
+    @torch.inference_mode()
+    def run() -> None:
+        module(torch.from_numpy(network.decode(next(turn), size).copy())[None])
+
+    return {"1": per_second(run, 1, seconds)}
+
+
+def pillow(repository: Path, photos: list[bytes], seconds: float) -> Figures:
+    """Decode and resize, on one core and on all."""
+    size = network.sizes(repository).image_size
+    many = list(itertools.islice(itertools.cycle(photos), 16 * CORES))
+
+    def spread(pool: ThreadPoolExecutor) -> None:
+        list(pool.map(network.decode, many, itertools.repeat(size)))
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(CORES) as all_cores:
+        return {
+            "one core": per_second(partial(spread, one), len(many), seconds / 2),
+            "all cores": per_second(partial(spread, all_cores), len(many), seconds / 2),
+        }
+
+
+def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
+    """The same network compiled by OpenVINO in bf16, at each batch size."""
+    import openvino as ov  # type: ignore[import-untyped]
+
+    module = network.eager(repository)
+    size = network.sizes(repository).image_size
+    pixels = _pixels(photos, size)
+    example = torch.from_numpy(np.stack(pixels[:2]))
+    with torch.inference_mode():
+        model = ov.convert_model(module, example_input=example)
+    settings = {
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_NUM_THREADS": CORES,
+        "NUM_STREAMS": 1,
+    }
+    figures = {}
+    for batch in BATCHES:
+        model.reshape([batch, *size, 3])
+        compiled = ov.Core().compile_model(model, "CPU", settings)
+        rows = np.stack(pixels[:batch])
+        figures[str(batch)] = per_second(partial(compiled, rows), batch, seconds / len(BATCHES))
+    return figures
+
+
+def _pixels(photos: list[bytes], size: tuple[int, int]) -> list[Pixels]:
+    decoded = [network.decode(photo, size) for photo in photos]
+    return list(itertools.islice(itertools.cycle(decoded), max(BATCHES)))
+
+
+def main() -> None:
+    what, repository, photos, seconds = sys.argv[1:]
+    files = [file.read_bytes() for file in sorted(Path(photos).glob("*.jpg"))]
+    measure = {"torchscript": torchscript, "eager": eager, "pillow": pillow, "openvino": openvino}
+    print(json.dumps(measure[what](Path(repository), files, float(seconds))))
+
+
+if __name__ == "__main__":
+    main()

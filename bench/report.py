@@ -1,0 +1,118 @@
+"""Medians over the rounds, and what they are of each other."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+Round = dict[str, Any]
+SERVERS = {"served": "this server", "litserve": "LitServe", "fastapi": "FastAPI"}
+LIMIT = "the limit: all cores at Pillow, then at model.pt in its best batch"
+GOALS = {
+    "served / the limit": 0.92,
+    "served / eager": 4.0,
+    "served / LitServe": 1.0,
+    "served / FastAPI": 1.0,
+    "LitServe's p99 / served p99": 1.0,
+    "FastAPI's p99 / served p99": 1.0,
+    "model.pt / OpenVINO": 0.9,
+    "bare latency of one photo / served": 1 / 1.15,
+}
+
+
+def slowest(rounds: list[Round]) -> float:
+    """Throughput of the slowest server."""
+    rates = [[float(found[server]["per_second"]) for found in rounds] for server in SERVERS]
+    return min(map(median, rates))
+
+
+def throughputs(found: Round) -> dict[str, float]:
+    """Images a second of everything that was measured in a round."""
+    model, pillow = max(found["torchscript"].values()), found["pillow"]["all cores"]
+    return {
+        LIMIT: 1 / (1 / model + 1 / pillow),
+        "model.pt alone, best batch": model,
+        "OpenVINO bf16 alone, best batch": max(found["openvino"].values()),
+        "Pillow alone, all cores": pillow,
+        "eager fp32, one photo at a time": found["eager"]["1"],
+        **{name: found[server]["per_second"] for server, name in SERVERS.items()},
+    }
+
+
+def ratios(found: Round) -> dict[str, float]:
+    """What there are goals for."""
+    rate = throughputs(found)
+    served = found["served"]["per_second"]
+    p99 = {server: found[f"{server} at rate"]["p99"] for server in SERVERS}
+    # One photo: decoded on one core, then alone through the network.
+    bare = 1000 / found["pillow"]["one core"] + 1000 / found["torchscript"]["1"]
+    values = [
+        served / rate[LIMIT],
+        served / found["eager"]["1"],
+        served / found["litserve"]["per_second"],
+        served / found["fastapi"]["per_second"],
+        p99["litserve"] / p99["served"],
+        p99["fastapi"] / p99["served"],
+        max(found["torchscript"].values()) / max(found["openvino"].values()),
+        bare / found["served alone"]["p50"],
+    ]
+    return dict(zip(GOALS, values, strict=True))
+
+
+def markdown(facts: dict[str, Any], rounds: list[Round]) -> str:
+    """The report."""
+    network = f"{facts['model_name']} in {facts['precision']}, {facts['weights']} weights"
+    lines = [
+        "# Yardsticks",
+        "",
+        f"`embed` of {network}, Triton {facts['triton']}, on {facts['machine']}. The servers at "
+        f"concurrency {facts['concurrency']}. Medians of {len(rounds)} rounds.",
+        "",
+        *_table("| | images/s | of the limit | rounds |", _throughput(rounds)),
+        "",
+        f"Latency at the same {facts['rate']:.1f} requests/s, which come at the same times:",
+        "",
+        *_table("| | p50 ms | p99 ms | images/s |", _latency(rounds)),
+        "",
+        *_table("| goal | at least | measured | reached |", _goals(rounds)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _throughput(rounds: list[Round]) -> list[list[str]]:
+    medians = _medians(rounds, throughputs)
+    each = [throughputs(found) for found in rounds]
+    return [
+        [
+            name,
+            f"{rate:.1f}",
+            f"{rate / medians[LIMIT]:.2f}",
+            " ".join(f"{r[name]:.1f}" for r in each),
+        ]
+        for name, rate in medians.items()
+    ]
+
+
+def _latency(rounds: list[Round]) -> list[list[str]]:
+    rows = []
+    for server, name in SERVERS.items():
+        found = [each[f"{server} at rate"] for each in rounds]
+        figures = [median(f[key] for f in found) for key in ("p50", "p99", "per_second")]
+        rows.append([name, *(f"{figure:.1f}" for figure in figures)])
+    return rows
+
+
+def _goals(rounds: list[Round]) -> list[list[str]]:
+    return [
+        [name, f"{GOALS[name]:.2f}", f"{found:.2f}", "yes" if found >= GOALS[name] else "no"]
+        for name, found in _medians(rounds, ratios).items()
+    ]
+
+
+def _medians(rounds: list[Round], figures: Callable[[Round], dict[str, float]]) -> dict[str, float]:
+    each = [figures(found) for found in rounds]
+    return {name: median(found[name] for found in each) for name in each[0]}
+
+
+def _table(head: str, rows: list[list[str]]) -> list[str]:
+    rule = "| --- |" + " ---: |" * (head.count("|") - 2)
+    return [head, rule, *(f"| {' | '.join(row)} |" for row in rows)]
