@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -55,6 +55,7 @@ class Engine:
         self._pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4), "vit-load")
         self._model: Model | None = None
         self._model_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     # -- lifetime ----------------------------------------------------------------------------
 
@@ -82,6 +83,10 @@ class Engine:
         self._pool.shutdown(wait=False, cancel_futures=True)
         channel, self._channel, self._stub = self._channel, None, None
         if channel is not None and self._pid == os.getpid():
+            # Of streams that were left in the middle. Waited for, or asyncio would report them.
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await channel.close()
 
     # -- one request -------------------------------------------------------------------------
@@ -252,7 +257,7 @@ class Engine:
             try:
                 await window.enter()
                 async for chunk in source:
-                    sending = asyncio.ensure_future(send(chunk, index))
+                    sending = self._start(send(chunk, index))
                     untaken.add(sending)
                     queue.put_nowait(sending)
                     index += len(chunk)
@@ -260,13 +265,15 @@ class Engine:
             finally:
                 queue.put_nowait(None)
 
-        feeding = asyncio.ensure_future(feed())
+        feeding = self._start(feed())
         try:
             while (sent := await queue.get()) is not None:
                 items = await sent
                 untaken.discard(sent)
                 yield items
                 window.leave()
+            if self._closed:
+                raise self._closed_meanwhile(task)
             await feeding
         finally:
             tasks = [feeding, *untaken]
@@ -274,6 +281,12 @@ class Engine:
                 task_left.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await source.aclose()
+
+    def _start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 class _Window:

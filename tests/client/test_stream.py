@@ -11,7 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vit_client import AsyncClient, BadImage, Client, ConfigurationError, Unavailable
+from vit_client import (
+    AsyncClient,
+    BadImage,
+    Client,
+    ClientClosed,
+    ConfigurationError,
+    Unavailable,
+)
 
 from .conftest import encoded
 from .proxy import Proxy
@@ -215,6 +222,39 @@ def test_leaving_an_async_stream_early(proxy: Proxy) -> None:
             return {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}}
 
     assert asyncio.run(run()) == set()
+
+
+def test_closing_the_client_in_the_middle_of_an_async_stream(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A `break` does not close an async generator; closing the client has to do."""
+
+    async def run() -> None:
+        async with AsyncClient(proxy.url) as client:
+            async for _ in client.stream(IMAGES * 100):
+                proxy.delay = 30
+                break
+
+    asyncio.run(run())
+    assert caplog.records == []
+
+
+def test_closing_the_client_ends_a_stream_that_waits_for_images(url: str) -> None:
+    async def source() -> AsyncIterator[bytes]:
+        yield IMAGES[0]
+        await asyncio.sleep(30)
+
+    async def run() -> None:
+        client = AsyncClient(url)
+        stream = client.stream(source())
+        await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.1)
+        await client.close()
+        with pytest.raises(ClientClosed):
+            await waiting
+
+    asyncio.run(run())
 
 
 def test_progress_counts(client: Client) -> None:
