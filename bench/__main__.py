@@ -31,6 +31,15 @@ class PeerError(Exception):
     """A part of the comparison failed; why, it has said on standard error."""
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Another server, running."""
+
+    url: str
+    form: str  # of a request's body: "json" or "raw"
+    process: subprocess.Popen[bytes]
+
+
 @dataclass
 class Bench:
     """What is measured with what."""
@@ -45,10 +54,16 @@ class Bench:
         """Figures of alone.py."""
         return self._run("alone.py", what, self.repository, inputs.PHOTOS, self.seconds)
 
-    def peer(self, url: str, form: str, how: str, value: float | Path) -> dict[str, float]:
-        """One load on another server, by HTTP."""
+    def peer(self, peer: Peer, how: str, value: float | Path) -> dict[str, float]:
+        """One load on another server, by HTTP. It is stopped in between: an idle LitServe polls."""
         seconds = WINDOWS * self.seconds
-        return self._run("http_load.py", url, form, inputs.PHOTOS, seconds, how, value)
+        os.killpg(peer.process.pid, signal.SIGCONT)
+        try:
+            return self._run(
+                "http_load.py", peer.url, peer.form, inputs.PHOTOS, seconds, how, value
+            )
+        finally:
+            os.killpg(peer.process.pid, signal.SIGSTOP)
 
     def served(self, address: Address, how: str, value: float | Path) -> dict[str, float]:
         """One load on ours, by perf_analyzer."""
@@ -67,29 +82,28 @@ class Bench:
         return figures
 
     @contextlib.contextmanager
-    def peer_server(self, script: str) -> Iterator[str]:
-        """The address of another server, started for as long as it is needed."""
+    def peer_server(self, script: str, form: str) -> Iterator[Peer]:
+        """Another server, started for as long as it is needed, on a free port."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [str(self.python), str(HERE / "peers" / script), str(self.repository), str(port)]
-        # A session of its own: its workers must end with it.
+        # A session of its own, which is stopped and ended with all its workers.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
-            yield f"http://127.0.0.1:{port}/embed"
+            yield Peer(f"http://127.0.0.1:{port}/embed", form, process)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(10)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def main() -> int:
     """Entry point; the exit code."""
     args = _parser().parse_args()
+    if not args.python.is_file():
+        print(f"bench: no {args.python}: a venv with bench/peers/requirements.txt", file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = HERE / "results" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
     folder.mkdir(parents=True)
@@ -115,10 +129,10 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
     with contextlib.ExitStack() as stack:
         # All stay up, idle but for the one that is measured.
         address = stack.enter_context(local_server(bench.repository))
-        litserve = stack.enter_context(bench.peer_server("serve_litserve.py")), "json"
-        fastapi = stack.enter_context(bench.peer_server("serve_fastapi.py")), "raw"
-        for url, form in (litserve, fastapi):
-            bench.peer(url, form, "concurrency", 1)  # until both are up and warm
+        litserve = stack.enter_context(bench.peer_server("serve_litserve.py", "json"))
+        fastapi = stack.enter_context(bench.peer_server("serve_fastapi.py", "raw"))
+        for peer in (litserve, fastapi):
+            bench.peer(peer, "concurrency", 1)  # until it is up and warm
         rounds: list[dict[str, Any]] = []
         for number in range(count):
             _say(f"round {number + 1} of {count}: throughput")
@@ -127,16 +141,16 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
             }
             found["served"] = bench.served(address, "concurrency", CONCURRENCY)
             found["served alone"] = bench.served(address, "concurrency", 1)
-            found["litserve"] = bench.peer(*litserve, "concurrency", CONCURRENCY)
-            found["fastapi"] = bench.peer(*fastapi, "concurrency", CONCURRENCY)
+            found["litserve"] = bench.peer(litserve, "concurrency", CONCURRENCY)
+            found["fastapi"] = bench.peer(fastapi, "concurrency", CONCURRENCY)
             rounds.append(found)
         rate = SHARE * report.slowest(rounds)
         intervals = _intervals(bench, rate)
         for number, found in enumerate(rounds):
             _say(f"round {number + 1} of {count}: latency at {rate:.1f} requests/s")
             found["served at rate"] = bench.served(address, "intervals", intervals)
-            found["litserve at rate"] = bench.peer(*litserve, "intervals", intervals)
-            found["fastapi at rate"] = bench.peer(*fastapi, "intervals", intervals)
+            found["litserve at rate"] = bench.peer(litserve, "intervals", intervals)
+            found["fastapi at rate"] = bench.peer(fastapi, "intervals", intervals)
         facts = {**Triton(address).facts(), "rate": rate, "concurrency": CONCURRENCY}
         facts["machine"] = machine()
     return rounds, facts
