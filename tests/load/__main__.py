@@ -95,7 +95,7 @@ def _facts(args: argparse.Namespace, served: dict[str, Any], paths: list[Path]) 
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "network": f"{served['model_name']} in {served['precision']}, {weights} weights",
         "server": f"Triton {served['triton']}, batches up to {served['max_batch_size']}; {where}",
-        "photos": f"{len(paths)} of {args.photos}, in turn",
+        "photos": f"{len(paths)} of {args.photos.resolve().name}/, in turn",
         "perf_analyzer": " ".join(["of", perf_analyzer.version(), *args.extra]),
         "measured": f"{perf_analyzer.WINDOWS} windows of {args.seconds:g} s each",
     }
@@ -110,6 +110,13 @@ def _address(args: argparse.Namespace) -> Address:
 def _positive(text: str) -> float:
     number = float(text)
     if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
@@ -140,12 +147,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="what to serve where no --url is given (default: models)",
     )
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="default: all")
+    add(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=MODELS,
+        metavar="MODEL",
+        help=f"of {', '.join(MODELS)} (default: all)",
+    )
     load = parser.add_mutually_exclusive_group()
     load.add_argument(
         "--concurrency",
         nargs="+",
-        type=int,
+        type=_count,
         default=[1, 2, 4, 8, 16, 32],
         metavar="N",
         help="requests under way at a time (default: 1 2 4 8 16 32)",
