@@ -96,6 +96,7 @@ class Bridge:
                 raise ClientClosed("this client is closed")
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self._loop.set_exception_handler(_report)
                 self._pid = os.getpid()
                 self._thread = threading.Thread(
                     target=self._loop.run_forever, name="vit-client", daemon=True
@@ -107,6 +108,13 @@ class Bridge:
             elif threading.current_thread() is self._thread:
                 raise ClientClosed("a Client cannot wait for itself: use AsyncClient in callbacks")
             return self._loop
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # Where a process has several event loops, some versions of gRPC wake them all for each event.
+    # Those that come too late find nothing to read, which is no harm and no news.
+    if not isinstance(context.get("exception"), BlockingIOError):
+        loop.default_exception_handler(context)
 
 
 class _Source:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,8 +19,6 @@ ENCODED = (bytes, bytearray, memoryview)
 # PIL opens files lazily, and two threads must not load the same image at once. One of these locks
 # is picked by the image's identity, so that different images still load side by side.
 _LOCKS = [threading.Lock() for _ in range(16)]
-
-_PILLOW = int(PIL.__version__.split(".")[0])
 
 
 class Unusable(Exception):
@@ -143,18 +140,19 @@ def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
 
 def _shrinks(height: int, width: int, size: tuple[int, int]) -> bool:
     """Whether an image is to be scaled here rather than by the server."""
-    if height * width <= size[0] * size[1]:
-        return False
-    # The server has Pillow 13 or later, which scales images that lose more of their height than
-    # of their width in another order than earlier ones, to slightly different pixels.
-    return _PILLOW >= 13 or height * size[1] <= width * size[0]
+    return height * width > size[0] * size[1]
 
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> bytes:
+    """Exactly as the server's `preprocess` scales: one axis after the other, in the order that
+    Pillow 13 has chosen. Other orders, such as that of earlier versions, round to other pixels."""
     from PIL import Image
 
     height, width = size
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    vertical_first = image.height > height and image.height - height > 2 * (image.width - width)
+    between = (image.width, height) if vertical_first else (width, image.height)
+    bicubic = Image.Resampling.BICUBIC
+    small = image.resize(between, bicubic).resize((width, height), bicubic)
     return _ppm(height, width, small.tobytes())
 
 

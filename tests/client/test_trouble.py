@@ -435,6 +435,26 @@ def test_ctrl_c_ends_a_call_at_once(proxy: Proxy) -> None:
     assert proxy.in_flight == 0
 
 
+def test_an_async_stream_left_in_the_middle(proxy: Proxy) -> None:
+    """A `break` does not close an async generator; closing the client has to do, and asyncio must
+    have nothing to complain of."""
+    code = """
+        import asyncio, sys
+        from vit_client import AsyncClient
+
+        async def run():
+            async with AsyncClient(sys.argv[1]) as client:
+                async for item in client.stream([b"P6 1 1 255\\n123"] * 10_000):
+                    print(item.result.shape)
+                    break
+
+        asyncio.run(run())
+    """
+    out, err = script(code, proxy.url).communicate(timeout=20)
+    assert out == "(64,)\n"
+    assert err == ""
+
+
 def test_nothing_is_left_at_exit(url: str) -> None:
     """A client that nobody closed, and a stream that nobody finished."""
     code = """
