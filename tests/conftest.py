@@ -67,11 +67,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, *arguments: str) -> Iterator[Server]:
-    """Start vit-server as a user would, on free ports; stop it at the end."""
+def serving(repository: Path, *arguments: str, errors: bool = False) -> Iterator[Server]:
+    """Start vit-server as a user would, on free ports; stop it at the end.
+
+    Args:
+        errors: whether `process.stderr` is to be read.
+    """
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     command = [BIN / "vit-server", "--model-repository", repository, *ports, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    stderr = subprocess.PIPE if errors else None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
             said = {}
             for line in process.stdout or ():

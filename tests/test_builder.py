@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def test_batch_of_one_is_a_batch_size(tmp_path: Path) -> None:
         (("--checkpoint", "nothing.pt"), "nothing.pt: no such file"),
         ((*TINY, "--top-k", "13"), "--top-k 13 is over the 12 classes"),
         ((*TINY, "--weights", "random"), "not allowed with"),
-        ((*TINY, "--max-batch-size", "0"), "0 is not a positive number"),
+        ((*TINY, "--max-batch-size", "0"), "0 is not a positive whole number"),
     ],
 )
 def test_mistakes_get_a_sentence(arguments: tuple[str, ...], sentence: str, tmp_path: Path) -> None:
@@ -124,6 +125,27 @@ def test_a_folder_that_is_something_else_is_not_replaced(tmp_path: Path) -> None
     assert result.returncode == 1
     assert f"{tmp_path} exists and is not a repository that vit-builder wrote" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = builder(*TINY, "--output", tmp_path / "file" / "m")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "cannot be written: " in result.stderr
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path) -> None:
+    result = builder("--weights", "random", "--output", "/dev/shm")
+    assert result.returncode == 1
+    assert result.stderr.startswith("vit-builder: /dev/shm is a mount point")
+
+
+def test_what_a_killed_build_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".m.building-999999999" / "vit").mkdir(parents=True)
+    (tmp_path / f".m.building-{os.getpid()}").mkdir()  # of one that still runs
+    assert builder(*TINY, "--output", tmp_path / "m").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"m", f".m.building-{os.getpid()}"}
 
 
 def test_repository_is_exchanged_whole(tmp_path: Path) -> None:

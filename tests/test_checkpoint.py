@@ -73,7 +73,7 @@ def change(key: str, value: object) -> Callable[[Content], None]:
     return lambda content: content.update({key: value})
 
 
-def change_state(name: str, value: object) -> Callable[[Content], None]:
+def change_state(name: object, value: object) -> Callable[[Content], None]:
     return lambda content: content["state"].update({name: value})
 
 
@@ -97,6 +97,14 @@ BROKEN = {
     "not finite": (change_state("norm.weight", torch.full((64,), torch.nan)), "not finite"),
     "config": (change("config", {"attn_pool_head": True}), r"asks for \['attn_pool_head'\]"),
     "config value": (change("config", {"num_layers": "three"}), "positive whole number"),
+    "config is a word": (change("config", "abc"), "its config is 'abc', not a table"),
+    "config without end": (change("config", {"mlp_dim": 10**18}), "of sane size, for .'mlp_dim'"),
+    "number for a name": (change_state(7, torch.zeros(1)), "has 7 for the name"),
+    "both layouts": (
+        change_state("encoder.block.0.ln1.weight", torch.zeros(64)),
+        "encoder.block.0.norm1.weight twice",
+    ),
+    "another task": (change("task", "object_detection"), "it is for object_detection"),
     "heads": (
         lambda c: c["config"].update(num_heads=7),
         "7 heads do not divide 64 dimensions",
@@ -129,7 +137,10 @@ def test_truncated_file(name: str, share: float, tmp_path: Path) -> None:
     data = (GOLDENS / name).read_bytes()
     path = tmp_path / name
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(vit_builder.CheckpointError, match=r"not a complete|more than weights"):
+    with pytest.raises(
+        vit_builder.CheckpointError,
+        match=r"cut short or damaged, or is no checkpoint$|neither a torch|damaged: ",
+    ):
         vit_builder.load(path)
 
 
@@ -143,8 +154,25 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(vit_builder.CheckpointError, match="has no `signature`"):
         vit_builder.load(tmp_path / "bare.safetensors")
     (tmp_path / "photo.pt").write_bytes((GOLDENS / "images" / "gray.jpg").read_bytes())
-    with pytest.raises(vit_builder.CheckpointError):
+    with pytest.raises(vit_builder.CheckpointError, match="neither a torch file"):
         vit_builder.load(tmp_path / "photo.pt")
+    with pytest.raises(vit_builder.CheckpointError, match="is a directory"):
+        vit_builder.load(tmp_path)
+
+
+def test_the_form_is_told_by_content_not_by_name(tmp_path: Path) -> None:
+    (tmp_path / "A.SAFETENSORS").write_bytes((GOLDENS / "tiny.pt").read_bytes())
+    (tmp_path / "b.pt").write_bytes((GOLDENS / "tiny.safetensors").read_bytes())
+    a, b = vit_builder.load(tmp_path / "A.SAFETENSORS"), vit_builder.load(tmp_path / "b.pt")
+    assert a.labels == b.labels
+
+
+def test_a_torchscript_archive_is_told_shortly(tiny_repository: Path) -> None:
+    with pytest.raises(
+        vit_builder.CheckpointError,
+        match=r"model\.pt is cut short or damaged, or is no checkpoint$",
+    ):
+        vit_builder.load(tiny_repository / "vit" / "1" / "model.pt")
 
 
 class Malicious:

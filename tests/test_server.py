@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -139,6 +140,16 @@ def spoil_output(repository: Path) -> None:
     path.write_text(path.read_text().replace("embedding__1", "embedding__7"))
 
 
+def spoil_folder(repository: Path) -> None:
+    """Git and zip drop empty folders."""
+    shutil.rmtree(repository / "embed" / "1")
+
+
+def spoil_shape(repository: Path) -> None:
+    path = repository / "vit" / "config.pbtxt"
+    path.write_text(path.read_text().replace("dims: 12", "dims: 13"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -146,6 +157,8 @@ def spoil_output(repository: Path) -> None:
         (spoil_labels, "classify is loaded but does not answer: .*top_indices must be in"),
         (spoil_config, "the model 'embed' failed to load: failed to read text proto"),
         (spoil_code, "the model 'preprocess' failed to load: .*antigravity_two"),
+        (spoil_folder, "is not a complete model repository: no embed/1$"),
+        (spoil_shape, "in ensemble .*inconsistent shape"),
         (spoil_output, r"IndexError: tuple index out of range$"),
     ],
 )
@@ -159,7 +172,7 @@ def test_model_that_fails(
     assert re.search(sentence, said), said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_with_nothing_left(tiny_repository: Path, number: signal.Signals) -> None:
     with serving(tiny_repository) as server:
         pids = descendants(server.process.pid)
@@ -205,6 +218,40 @@ def test_killed_vit_server_takes_everything_with_it(tiny_repository: Path) -> No
         server.process.kill()
         server.process.wait()
         assert gone(pids, seconds=45)
+    left = list(Path(tempfile.gettempdir()).glob(f"vit-server-{server.process.pid}-*"))
+    assert left  # the kernel ends processes, but clears no folders: the next server does
+    with serving(tiny_repository):
+        assert not left[0].exists()
+
+
+def test_dead_model_process_ends_the_server(tiny_repository: Path) -> None:
+    """Triton itself would stay ready, and fail every request for good."""
+    with serving(tiny_repository, errors=True) as server:
+        pids = descendants(server.process.pid)
+        (stub,) = (
+            pid for pid in pids if "/preprocess/1/" in Path(f"/proc/{pid}/cmdline").read_text()
+        )
+        os.kill(stub, signal.SIGKILL)
+        assert server.process.wait(10) == 1
+        assert server.process.stderr is not None
+        said = server.process.stderr.read().splitlines()[-1]
+        assert said == f"vit-server: the process of the model 'preprocess' has ended (pid {stub})"
+        assert gone(pids)
+        assert not segments(server.process.pid)
+
+
+def test_any_folder_name_will_do(tiny_repository: Path, tmp_path: Path) -> None:
+    """Triton hands the path to a shell, unquoted, and to Python as ASCII."""
+    repository = tmp_path / "my models (é) $HOME;"
+    shutil.copytree(tiny_repository, repository)
+    with serving(repository) as server:
+        assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
+
+
+def test_ipv6(tiny_repository: Path) -> None:
+    with serving(tiny_repository, "--host", "::1") as server:
+        assert server.url.startswith("[::1]:")
+        assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
 
 
 def test_killed_tritonserver_is_told_and_leaves_nothing(tiny_repository: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -61,9 +62,19 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: not such a checkpoint; says why in one sentence.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    try:
+        with path.open("rb") as f:
+            start = f.read(9)
+    except OSError as e:
+        raise CheckpointError(f"{path}: {(e.strerror or str(e)).lower()}") from e
+    # A torch file is a zip archive, and was a bare pickle before 2020. A safetensors file starts
+    # with the length of its header, which is JSON.
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        content = _read_pt(path)
+    elif start[8:] == b"{":
+        content = _read_safetensors(path)
+    else:
+        raise CheckpointError(f"{path} is neither a torch file (.pt) nor a safetensors file")
     try:
         return _interpret(path.stem, content)
     except CheckpointError as e:
@@ -113,14 +124,17 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _read_pt(path: Path) -> Mapping[str, Any]:
+    # torch's own messages are not passed on: they advise to open the file in a way that runs code.
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f"{path} holds more than weights, so it is not opened: {_first_line(e)}"
+            f"{path} holds more than weights (opening it could run code), so it is not opened"
         ) from e
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-        raise CheckpointError(f"{path} is not a complete torch file: {_first_line(e)}") from e
+        raise CheckpointError(f"{path} is cut short or damaged, or is no checkpoint") from e
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a birder checkpoint")
     return content
@@ -134,7 +148,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
             }
             content["state"] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {e}") from e
+        raise CheckpointError(f"{path} is cut short or damaged: {e}") from e
     except json.JSONDecodeError as e:
         raise CheckpointError(f"{path} has metadata that is not JSON: {e}") from e
     return content
@@ -144,10 +158,12 @@ def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
     for key in ("state", "signature", "class_to_idx", "rgb_stats"):
         if not isinstance(content.get(key), Mapping):
             raise CheckpointError(f"it has no `{key}`")
+    if content.get("task", "image_classification") != "image_classification":
+        raise CheckpointError(f"it is for {content['task']}, not for image_classification")
     try:
         *_, height, width = content["signature"]["inputs"][0]["data_shape"]
-        num_classes = content["signature"]["outputs"][0]["data_shape"][-1]
-        config = ViTConfig(image_size=(int(height), int(width)), num_classes=int(num_classes))
+        num_classes = int(content["signature"]["outputs"][0]["data_shape"][-1])
+        config = ViTConfig(image_size=(int(height), int(width)), num_classes=num_classes)
         mean, std = (tuple(map(float, content["rgb_stats"][k])) for k in ("mean", "std"))
         by_index = {int(i): str(label) for label, i in content["class_to_idx"].items()}
     except (KeyError, IndexError, TypeError, ValueError) as e:
@@ -167,11 +183,13 @@ def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
 
 
 def _override(config: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
+    if not isinstance(overrides, Mapping):
+        raise CheckpointError(f"its config is {overrides!r}, not a table of sizes")
     known = {key: value for key, value in overrides.items() if key not in _TRAINING_ONLY}
     if unknown := sorted(known.keys() - _CONFIG_FIELDS):
         raise CheckpointError(f"its config asks for {unknown}, which this network does not have")
-    if wrong := [k for k, v in known.items() if not isinstance(v, int) or v < 1]:
-        raise CheckpointError(f"its config has no positive whole number for {wrong}")
+    if wrong := [k for k, v in known.items() if type(v) is not int or not 0 < v < 2**20]:
+        raise CheckpointError(f"its config has no positive whole number, of sane size, for {wrong}")
     config = replace(config, **known)
     height, width = config.image_size
     if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
@@ -188,8 +206,12 @@ def _override(config: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
 def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"its state has {name!r} for the name of a parameter")
         for old, new in _LEGACY_NAMES:
             name = re.sub(old, new, name)
+        if name in found:
+            raise CheckpointError(f"its state has {name} twice, in the current and the old layout")
         found[name] = tensor
     expected = _skeleton(config)
     if missing := [name for name in expected if name not in found]:
@@ -211,10 +233,6 @@ def _skeleton(config: ViTConfig) -> dict[str, Tensor]:
     """Names and shapes of the parameters, without their memory."""
     with torch.device("meta"):
         return dict(ViT(config).state_dict())
-
-
-def _first_line(e: Exception) -> str:
-    return next(iter(str(e).splitlines()), type(e).__name__)
 
 
 def _some(names: list[str]) -> str:

@@ -64,12 +64,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a build is removed
     start = time.monotonic()
     try:
+        repository.check_output(args.output)  # before minutes are spent on what goes there
         model, sha256 = _weights(args)
         build(model, _settings(args, model), args.output, sha256)
     except (
         checkpoint.CheckpointError,
         hub.HubUnreachable,
-        hub.HashMismatch,
+        hub.HubError,
         repository.RepositoryError,
         verify.VerificationError,
     ) as e:
@@ -121,9 +122,9 @@ def _cpu_has_bf16() -> bool:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return number
 
 

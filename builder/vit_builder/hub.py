@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from . import checkpoint
 from .checkpoint import Checkpoint
@@ -23,11 +24,11 @@ SHA256 = (
 
 
 class HubUnreachable(Exception):
-    """The hub gave no file: no network, a proxy in the way, or an error of its own."""
+    """The hub does not answer: no network, or a proxy in the way."""
 
 
-class HashMismatch(Exception):
-    """The hub answered with a file that is not one of the two that were published."""
+class HubError(Exception):
+    """The hub answered, but not with one of the two files that were published."""
 
 
 def published() -> tuple[Checkpoint, str]:
@@ -36,7 +37,7 @@ def published() -> tuple[Checkpoint, str]:
     The download is checked, then kept as safetensors in `$XDG_CACHE_HOME/vit-builder`.
 
     Raises:
-        HubUnreachable, HashMismatch: see there.
+        HubUnreachable, HubError: see there.
     """
     for sha256 in SHA256:
         if (cached := _cached(sha256)).is_file():
@@ -45,7 +46,7 @@ def published() -> tuple[Checkpoint, str]:
         downloaded = _download(Path(folder))
         sha256 = file_sha256(downloaded)
         if sha256 not in SHA256:
-            raise HashMismatch(
+            raise HubError(
                 f"{REPO}/{downloaded.name} has the SHA-256 {sha256}, which is not a published one: "
                 f"{' or '.join(SHA256)}"
             )
@@ -75,11 +76,20 @@ def _cached(sha256: str) -> Path:
 
 
 def _download(folder: Path) -> Path:
+    api = HfApi(endpoint=ENDPOINT)
+    # The HTTP library, and so its exceptions, is another one in each huggingface_hub.
     try:
         # Fails within seconds where there is no network; the download itself would retry for long.
-        api = HfApi(endpoint=ENDPOINT)
         api.repo_info(REPO, revision=REVISION, timeout=10)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as e:
+        raise HubError(f"{REPO}: {_first_line(e)}") from e
+    except Exception as e:
+        raise HubUnreachable(f"{REPO}: {_first_line(e)}") from e
+    try:
         return Path(api.hf_hub_download(REPO, f"{NAME}.pt", revision=REVISION, local_dir=folder))
-    except Exception as e:  # of the HTTP library, which is another one in each huggingface_hub
-        reason = next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)
-        raise HubUnreachable(f"{REPO}: {reason}") from e
+    except Exception as e:
+        raise HubError(f"{REPO}: {_first_line(e)}") from e
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)

@@ -1,6 +1,7 @@
 """Fill a Triton model repository from the template in `model_repository/`, atomically."""
 
 import ctypes
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,11 +39,12 @@ def fill(
     settings: Settings,
     sha256: str,
 ) -> None:
-    """Write the whole repository into `folder`, which must not exist."""
-    shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns("__pycache__", ".gitkeep"))
+    """Write the whole repository into `folder`, which is empty."""
+    # With .gitkeep: an ensemble's version folder is empty, but has to survive git and zip.
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(TEMPLATE, folder, ignore=ignore, dirs_exist_ok=True)
     dims = _dims(checkpoint, settings)
     for path in sorted(folder.glob("*/config.pbtxt")):
-        (path.parent / "1").mkdir(exist_ok=True)  # an ensemble's is empty, but must be there
         config = text_format.Parse(path.read_text(), ModelConfig())
         config.max_batch_size = settings.max_batch_size
         for tensor in (*config.input, *config.output):
@@ -50,7 +52,10 @@ def fill(
         if config.name == "vit":
             _fill_vit(config, checkpoint, settings, sha256)
         path.write_text(text_format.MessageToString(config))
-    traced.save(str(folder / "vit" / "1" / "model.pt"))
+    # Through memory: on a full disk torch's own writer aborts the process.
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    (folder / "vit" / "1" / "model.pt").write_bytes(buffer.getbuffer())
     labels = "".join(" ".join(label.split("\n")) + "\n" for label in checkpoint.labels)
     (folder / "postprocess" / "1" / "labels.txt").write_text(labels, "utf-8", newline="\n")
 
@@ -82,32 +87,47 @@ def _dims(checkpoint: Checkpoint, settings: Settings) -> dict[str, list[int]]:
     }
 
 
+def check_output(output: Path) -> None:
+    """Raise RepositoryError where `output` can be neither made nor replaced."""
+    if os.path.ismount(output):
+        raise RepositoryError(
+            f"{output} is a mount point, which can't be replaced: name a folder in it"
+        )
+    if not output.exists() or (output / REPORT).is_file():
+        return
+    if not output.is_dir() or any(output.iterdir()):
+        raise RepositoryError(f"{output} exists and is not a repository that vit-builder wrote")
+
+
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """A path to build at; on success it becomes `output`, on failure it is removed.
+    """An empty folder to build in. On success it becomes `output`, on failure it is removed.
 
     A repository that is there already is exchanged in one step, so that no moment has half of one.
 
     Raises:
-        RepositoryError: `output` is something else than a repository this builder wrote.
+        RepositoryError: `output` is something else than a repository this builder wrote, or
+            cannot be written.
     """
-    if (
-        output.exists()
-        and not (output / REPORT).is_file()
-        and (not output.is_dir() or any(output.iterdir()))
-    ):
-        raise RepositoryError(f"{output} exists and is not a repository that vit-builder wrote")
+    check_output(output)
     output = output.resolve()
     building = output.with_name(f".{output.name}.building-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(
+            f".{output.name}.building-*"
+        ):  # by a builder that was killed
+            if left == building or not Path("/proc", left.name.rpartition("-")[2]).exists():
+                shutil.rmtree(left)
+        building.mkdir()
         yield building
         if output.exists():
             _exchange(building, output)
         else:
             building.rename(output)
     except OSError as e:
-        raise RepositoryError(f"{output} cannot be written: {e.strerror or e}") from e
+        first = e.args[0][0][2] if isinstance(e, shutil.Error) else e.strerror
+        raise RepositoryError(f"{output} cannot be written: {first or e}") from e
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

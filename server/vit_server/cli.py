@@ -7,7 +7,6 @@ import os
 import socket
 import struct
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -42,20 +41,16 @@ def serve(repository: Path, ports: Ports, verbose: bool) -> int:
     """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
     installation = tritonserver.find()
     shm_prefix = f"vit_server_{os.getpid()}_"
-    with tempfile.TemporaryDirectory(prefix="vit-server-") as folder:
-        backends = Path(folder)
-        tritonserver.prepare_backends(installation, backends)
-        command = tritonserver.command(
-            installation, repository.resolve(), backends, ports, shm_prefix, verbose
-        )
-        process = TritonProcess(command, tritonserver.environment(installation), shm_prefix)
+    with tritonserver.workspace() as folder:
+        tritonserver.prepare(installation, repository.resolve(), folder)
+        command = tritonserver.command(installation, folder, ports, shm_prefix, verbose)
+        env = tritonserver.environment(installation)
+        process = TritonProcess(command, env, shm_prefix, verbose)
         try:
-            if verbose:
-                process.show_log()
             print("Starting tritonserver …", file=sys.stderr, flush=True)
             wait_until_answering(process, ports)
             if not process.stopping:
-                process.show_log()
+                process.ready()
                 host = f"[{ports.host}]" if ":" in ports.host else ports.host
                 print(f"gRPC     {host}:{ports.grpc}")
                 print(f"HTTP     http://{host}:{ports.http}")
@@ -119,7 +114,10 @@ def check_repository(repository: Path) -> None:
     wanted = (*built, *(f"{model}/config.pbtxt" for model in MODELS))
     if not repository.is_dir():
         raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
-    if missing := [name for name in wanted if not (repository / name).is_file()]:
+    missing = [name for name in wanted if not (repository / name).is_file()]
+    # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
+    missing += [f"{model}/1" for model in MODELS if not (repository / model / "1").is_dir()]
+    if missing:
         hint = "; vit-builder fills it in" if missing[0] in built else ""
         raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}{hint}")
 
@@ -158,7 +156,7 @@ def _address(text: str) -> str:
 
 
 def _port(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else -1
     if not 0 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
     return number
@@ -195,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PORT",
         help="what vit-client talks to; 0 takes a free one, for each of the three",
     )
-    add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls as JSON")
+    add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls over HTTP")
     add("--metrics-port", type=_port, default=8002, metavar="PORT", help="for Prometheus")
     add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
     return parser

@@ -20,8 +20,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 _LOAD_FAILURE = re.compile(
-    r"(?:failed to load|Poll failed for model directory) '([^']+)'(?: version \d+)?: (.*)"
+    r"(?:failed to load(?: model)?|Poll failed for model directory) '([^']+)'"
+    r"(?: version \d+)?: (.*)"
 )
+
+
+# Errors that say nothing: that there is no GPU, and that it ended.
+_NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
 class TritonProcess:
@@ -32,11 +37,14 @@ class TritonProcess:
     kernel ends tritonserver, and its stubs end when they see that.
     """
 
-    def __init__(self, command: list[str], env: dict[str, str], shm_prefix: str) -> None:
+    def __init__(
+        self, command: list[str], env: dict[str, str], shm_prefix: str, verbose: bool
+    ) -> None:
         self.shm_prefix = shm_prefix
         self.stopping = False
         self._log: deque[str] = deque(maxlen=1000)
-        self._quiet = True  # while it starts: a failure is told in one sentence instead
+        self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
+        self._stubs: dict[int, str] = {}
         # Stubs that outlive tritonserver become children of this process, which ends them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._child = subprocess.Popen(
@@ -50,7 +58,7 @@ class TritonProcess:
             text=True,
             errors="replace",
         )
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._forward)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -58,9 +66,10 @@ class TritonProcess:
     def exited(self) -> bool:
         return self._child.poll() is not None
 
-    def show_log(self) -> None:
-        """From here on tritonserver's log goes to standard error as it comes."""
+    def ready(self) -> None:
+        """It has answered: from here on its log is shown, and its models' processes are watched."""
         self._quiet = False
+        self._stubs = _stubs(self._child.pid)
 
     def failure(self) -> ServerError:
         """Why it went away, from its log."""
@@ -69,17 +78,25 @@ class TritonProcess:
         for line in log:
             if found := _LOAD_FAILURE.search(line):
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
-        # Triton warns that there is no GPU, but as an error.
-        told = [line for line in log if re.match(r"E\d{4} |error:", line) and "Cuda" not in line]
-        reason = _clean((told or log or ["it said nothing"])[-1])
+        errors = [line for line in log if re.match(r"E\d{4} ", line) and not _NOISE.search(line)]
+        reason = _clean((errors or log or ["it said nothing"])[-1])
         return ServerError(f"tritonserver ended with exit code {self._code()}: {reason}")
 
     def wait(self) -> int:
-        """Wait for its end; its exit code as a shell counts it (128 + signal)."""
+        """Wait for its end; its exit code as a shell counts it (128 + signal).
+
+        Raises:
+            ServerError: the process of a model has ended. Triton never starts it again, stays
+                "ready" and fails every request, so that is the end of the server too.
+        """
         # Not in one waitpid(2): the kernel may give a signal to another thread (gRPC has some),
         # and Python runs the handler only when this one comes back.
         while not self.exited():
             time.sleep(0.1)
+            for pid, model in self._stubs.items():
+                if not self.stopping and not _alive(pid) and not self.exited():
+                    self._child.kill()  # told to stop, it would wait for the model for 30 s
+                    raise ServerError(f"the process of the model '{model}' has ended (pid {pid})")
         return self._code()
 
     def close(self) -> None:
@@ -102,13 +119,14 @@ class TritonProcess:
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         self.stopping = True
         if self._child.poll() is None:
-            self._child.send_signal(number)
+            # Triton does not know SIGHUP, which is what a closed terminal sends.
+            self._child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _read_log(self) -> None:
         assert self._child.stdout is not None
         for line in self._child.stdout:
             self._log.append(line)
-            if not self._quiet:
+            if not self._quiet and not line.startswith("Signal ("):  # no news: it was told to
                 sys.stderr.write(line)
                 sys.stderr.flush()
 
@@ -124,6 +142,25 @@ class TritonProcess:
 def _clean(line: str) -> str:
     """A line of the log without its prefix and quotes."""
     return re.sub(r"^E\d{4} [^\]]*\] ", "", line).strip('" \n')
+
+
+def _stubs(triton: int) -> dict[int, str]:
+    """The processes that Python models run in, and their models."""
+    children = Path(f"/proc/{triton}/task/{triton}/children").read_text().split()
+    # …/triton_python_backend_stub …/preprocess/1/model.py …
+    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in children}
+    return {
+        pid: Path(words[1]).parent.parent.name
+        for pid, words in lines.items()
+        if words[0].endswith("triton_python_backend_stub")
+    }
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _die_with_parent() -> None:

@@ -3,15 +3,20 @@
 import ctypes
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 OUR_BACKENDS = Path(__file__).parent / "backends"
+_WORKSPACE = "vit-server-"
 MIB = 1 << 20
 
 
@@ -70,34 +75,47 @@ def find() -> Installation:
     return found
 
 
-def prepare_backends(installation: Installation, folder: Path) -> None:
-    """Lay out a --backend-directory: the wheel's `python`, and `pytorch` from this package.
+@contextmanager
+def workspace() -> Iterator[Path]:
+    """A folder for `prepare`, named after this process, and removed at the end."""
+    temporary = Path(tempfile.gettempdir())
+    if not re.fullmatch(r"[\w/.-]+", str(temporary), re.ASCII):
+        temporary = Path("/tmp")
+    for left in temporary.glob(f"{_WORKSPACE}*"):  # by a server that was killed
+        if not Path("/proc", left.name.removeprefix(_WORKSPACE).partition("-")[0]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f"{_WORKSPACE}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=temporary) as folder:
+        yield Path(folder)
 
-    They are copies (4 MB): Triton refuses a backend whose library is a link out of this folder,
-    and looks for the stub beside the library, where the wheel does not have it.
+
+def prepare(installation: Installation, repository: Path, folder: Path) -> None:
+    """Lay out what tritonserver reads: `backends` (python and pytorch) and `models`.
+
+    The backends are copies (4 MB): Triton refuses one whose library is a link out of its folder,
+    and looks for the stub beside the library, where the wheel does not have it. The repository is a
+    link, because Triton hands its path to a shell, unquoted, and to Python, as ASCII: in a folder
+    with a space in its name no model would start.
     """
-    shutil.copytree(installation.python_backend, folder / "python")
-    shutil.copy(installation.stub, folder / "python")
-    shutil.copytree(OUR_BACKENDS / "pytorch", folder / "pytorch")
+    python = folder / "backends" / "python"
+    shutil.copytree(installation.python_backend, python)
+    shutil.copy(installation.stub, python)
+    shutil.copytree(OUR_BACKENDS / "pytorch", folder / "backends" / "pytorch")
+    (folder / "models").symlink_to(repository)
 
 
 def command(
-    installation: Installation,
-    repository: Path,
-    backends: Path,
-    ports: Ports,
-    shm_prefix: str,
-    verbose: bool,
+    installation: Installation, folder: Path, ports: Ports, shm_prefix: str, verbose: bool
 ) -> list[str]:
-    """tritonserver's arguments."""
+    """tritonserver's arguments, for a folder that `prepare` has laid out."""
     # Nobody needs these calls here, and Triton has no switch to turn them off: a key that nobody
     # knows does it. Shared memory would let a client name a file of /dev/shm to read or write.
     key = f"closed={secrets.token_hex(16)}"
     return [
         str(installation.binary),
-        f"--model-repository={repository}",
-        f"--backend-directory={backends}",
-        f"--grpc-address={ports.host}",
+        f"--model-repository={folder / 'models'}",
+        f"--backend-directory={folder / 'backends'}",
+        f"--grpc-address=[{ports.host}]" if ":" in ports.host else f"--grpc-address={ports.host}",
         f"--grpc-port={ports.grpc}",
         f"--http-address={ports.host}",
         f"--http-port={ports.http}",
