@@ -1,5 +1,6 @@
 """Addresses, TLS, headers, settings from the environment, channel options, health."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ IMAGE = encoded(0)
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ca.pem, and a pair for localhost that it signed: localhost.pem, localhost.key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make certificates with")
     folder = tmp_path_factory.mktemp("tls")
     (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
     new = "req -newkey rsa:2048 -nodes -days 2"

@@ -43,6 +43,8 @@ failed, 130 interrupted.
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=98)
+        # Wide enough for the longest command; argparse forgets that commands are indented.
+        self._action_max_length = 18
 
 
 def parser() -> argparse.ArgumentParser:
