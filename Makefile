@@ -2,17 +2,20 @@
 # make serve  the same, and stays up until Ctrl-C
 # make test   all tests
 # make lint   ruff (lint and format) and mypy
-# make clean  remove .venv and the built models
+# make load   sweep the load with perf_analyzer: 9 minutes (ARGS=--help for the rest)
+# make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
+# make clean  remove what all of these have made
 
 .DEFAULT_GOAL := demo
 SHELL := /bin/sh
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_BENCH := .venv-bench/installed
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test lint format clean
+.PHONY: demo serve test lint load bench format clean
 
 demo: $(BUILT)
 	$(BIN)/python demo.py
@@ -28,12 +31,18 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy builder/vit_builder client/vit_client server/vit_server
 
+load: $(BUILT) $(INSTALLED_DEV)
+	$(BIN)/python -m tests.load $(ARGS)
+
+bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
+	$(BIN)/python -m bench $(ARGS)
+
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv models
+	rm -rf .venv .venv-bench models my-models embedding.f32 request.json triton.binpb
 
 $(INSTALLED): constraints.txt find-python.sh */pyproject.toml
 	@python=$$(./find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
@@ -41,8 +50,16 @@ $(INSTALLED): constraints.txt find-python.sh */pyproject.toml
 	$(PIP) install --quiet -c constraints.txt -e builder -e server -e 'client[all]'
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt
+$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt tests/load/requirements.txt
 	$(PIP) install --quiet -c constraints.txt -r requirements-dev.txt
+	@touch $@
+
+# The servers that a user would pick instead, apart from .venv.
+$(INSTALLED_BENCH): $(INSTALLED) bench/peers/requirements.txt
+	@echo "Installing the peers into .venv-bench …"
+	$(BIN)/python -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+		-r bench/peers/requirements.txt -e builder
 	@touch $@
 
 # Rebuilt when the builder or the template changes. Where the hub can't be reached, the model has
