@@ -279,7 +279,7 @@ class AsyncClient:
         Raises:
             ModelNotServed: A server answers, but it serves other models.
         """
-        return await self._engine.model(self._timeout(timeout))
+        return await self._engine.connection.model(self._timeout(timeout))
 
     async def health(self, *, timeout: float = 5.0) -> Health:
         """Whether the server answers, tried with a real image. Returns instead of raising, and
@@ -288,7 +288,7 @@ class AsyncClient:
         Args:
             timeout: Seconds for all of it.
         """
-        return await _health.check(self._engine, check_timeout(timeout))
+        return await _health.check(self._engine.connection, check_timeout(timeout))
 
     async def close(self) -> None:
         """Cancel what is in flight and close the connection. May be called twice."""
@@ -308,7 +308,9 @@ class AsyncClient:
     # -- not public --------------------------------------------------------------------------
 
     def _timeout(self, timeout: float | None) -> float:
-        return self._engine.settings.timeout if timeout is None else check_timeout(timeout)
+        return (
+            self._engine.connection.settings.timeout if timeout is None else check_timeout(timeout)
+        )
 
     async def _check_top_k(self, top_k: int, timeout: float | None) -> None:
         most = (await self.model(timeout=timeout)).max_top_k

@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 from ._async import AsyncClient
-from ._engine import forked
+from ._connection import forked
 from .errors import ClientClosed
 from .types import Item, OnError
 

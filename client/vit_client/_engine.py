@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
-import grpc.aio
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
-
 from . import _wire
 from ._channel import Settings
+from ._connection import Connection
 from ._images import ENCODED, Refused, Unusable, encode, name_of
-from ._retry import RetryBudget, backoff
 from ._source import chunks
-from .errors import (
-    BadImage,
-    ClientClosed,
-    DeadlineExceeded,
-    InvalidRequest,
-    VitClientError,
-    from_grpc,
-)
-from .types import Item, Model
+from .errors import BadImage, InvalidRequest
+from .types import Item
 
 # A request keeps well below the 64 MB that proxies and servers commonly allow.
 _MAX_REQUEST_BYTES = 32 << 20
@@ -36,150 +23,25 @@ _MAX_REQUEST_BYTES = 32 << 20
 # messages wait for each other.
 _MAX_ANSWER_BYTES = 4 << 20
 
-_Call = Callable[..., Any]
-
 
 class Engine:
-    """One channel and what all calls over it share. Belongs to the event loop it is first used
-    in."""
+    """Reads images, asks the server about them over one connection, and sorts out the answers."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
-        self._closed = False
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: Any = None
-        self._slots = asyncio.Semaphore(settings.concurrency)
-        self._budget = RetryBudget()
+        self.connection = Connection(settings)
         self._pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4), "vit-load")
-        self._model: Model | None = None
-        self._model_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    # -- lifetime ----------------------------------------------------------------------------
-
-    def stub(self) -> Any:
-        """The gRPC methods. Opens the channel on first use, so that a client which was made
-        before a fork, and not used, works in the child."""
-        loop = asyncio.get_running_loop()
-        if self._stub is None and not self._closed:
-            self._loop, self._pid = loop, os.getpid()
-            self._channel = self.settings.open()
-            self._stub = GRPCInferenceServiceStub(self._channel)
-        if self._closed:
-            raise ClientClosed("this client is closed")
-        if self._pid != os.getpid():
-            raise ClientClosed(forked(self._pid))
-        if self._loop is not loop:
-            raise ClientClosed(
-                "this AsyncClient belongs to another event loop: make one for each asyncio.run()"
-            )
-        return self._stub
-
     async def close(self) -> None:
-        """Cancel what is in flight and close the channel."""
-        self._closed = True
+        """Cancel what is in flight and close the connection."""
+        self.connection.closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
-        channel, self._channel, self._stub = self._channel, None, None
-        if channel is not None and self._pid == os.getpid():
-            # Of streams that were left in the middle. Waited for, or asyncio would report them.
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            await channel.close()
-
-    # -- one request -------------------------------------------------------------------------
-
-    async def call(
-        self,
-        method: str,
-        message: Any,
-        *,
-        timeout: float,
-        task: str | None = None,
-        retries: int | None = None,
-    ) -> Any:
-        """Send one message and return its answer, trying again within one deadline.
-
-        The deadline covers everything: the wait for one of the client's slots, every try, and
-        the pauses between them.
-        """
-        rpc: _Call = getattr(self.stub(), method)
-        left = self.settings.retries if retries is None else retries
-        deadline = time.monotonic() + timeout
-        await self._take_slot(timeout, task)
-        try:
-            for attempt in itertools.count():
-                try:
-                    response = await rpc(
-                        message,
-                        timeout=max(0.0, deadline - time.monotonic()),
-                        metadata=self.settings.metadata,
-                    )
-                except asyncio.CancelledError:
-                    # What closing the channel does to its calls.
-                    if self._closed:
-                        raise self._closed_meanwhile(task) from None
-                    raise
-                except grpc.RpcError as failure:
-                    error = self._error(failure, task, timeout)
-                    pause = self._pause(error, attempt, deadline) if attempt < left else None
-                    if pause is None:
-                        raise error from failure
-                    await asyncio.sleep(pause)
-                else:
-                    self._budget.success()
-                    return response
-        finally:
-            self._slots.release()
-
-    async def _take_slot(self, timeout: float, task: str | None) -> None:
-        if not self._slots.locked():
-            await self._slots.acquire()
-            return
-        try:
-            await asyncio.wait_for(self._slots.acquire(), timeout)
-        except asyncio.TimeoutError:
-            raise DeadlineExceeded(
-                f"waited {timeout:g} s for one of this client's {self.settings.concurrency} "
-                "slots for requests in flight",
-                task=task,
-            ) from None
-
-    def _error(self, failure: grpc.RpcError, task: str | None, timeout: float) -> VitClientError:
-        if self._closed:
-            return self._closed_meanwhile(task)
-        return from_grpc(failure, url=self.settings.target, task=task, timeout=timeout)
-
-    def _closed_meanwhile(self, task: str | None) -> ClientClosed:
-        return ClientClosed("the client was closed during the call", task=task)
-
-    def _pause(self, error: VitClientError, attempt: int, deadline: float) -> float | None:
-        """Seconds to wait before the next try, or None if there is none."""
-        if not error.retryable:
-            return None
-        pause = max(backoff(attempt), self._budget.reserve())
-        if time.monotonic() + pause >= deadline:
-            self._budget.give_back()
-            return None
-        return pause
-
-    async def model(self, timeout: float) -> Model:
-        """What the server serves; asked for once."""
-        if self._model is None:
-            async with self._model_lock:
-                if self._model is None:
-                    self._model = await self._ask_model(timeout)
-        return self._model
-
-    async def _ask_model(self, timeout: float) -> Model:
-        request = pb.ModelConfigRequest(name=_wire.MODEL)
-        config = (await self.call("ModelConfig", request, timeout=timeout)).config
-        metadata = await self.call(
-            "ModelMetadata", pb.ModelMetadataRequest(name=_wire.MODEL), timeout=timeout
-        )
-        return _wire.model(config, max(metadata.versions, key=_number, default=""))
+        # Of streams that were left in the middle. Waited for, or asyncio would report them.
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.connection.close()
 
     # -- one chunk ---------------------------------------------------------------------------
 
@@ -188,7 +50,7 @@ class Engine:
     ) -> list[Item[Any]]:
         """Answers to a few images, the first of which has index `first`. A bad image becomes an
         item with an error; every other failure raises."""
-        size = (await self.model(timeout)).image_size
+        size = (await self.connection.model(timeout)).image_size
         items: dict[int, Item[Any]] = {}
         row = 0
         while row < len(images):
@@ -214,7 +76,9 @@ class Engine:
         while files:
             message = _wire.request(task, list(files.values()))
             try:
-                response = await self.call("ModelInfer", message, timeout=timeout, task=task)
+                response = await self.connection.call(
+                    "ModelInfer", message, timeout=timeout, task=task
+                )
             except InvalidRequest as error:
                 rows = list(files)
                 bad = {
@@ -239,10 +103,10 @@ class Engine:
     ) -> AsyncGenerator[list[Item[Any]], None]:
         """Items of all images, in order, a chunk at a time. Closing it cancels what is in
         flight."""
-        model = await self.model(timeout)
+        model = await self.connection.model(timeout)
         fitting = max(1, _MAX_ANSWER_BYTES // _wire.answer_bytes(task, model))
         source = chunks(images, min(model.max_batch_size, fitting))
-        window = _Window(self.settings.concurrency, timeout)
+        window = _Window(self.connection.settings.concurrency, timeout)
         queue: asyncio.Queue[asyncio.Task[list[Item[Any]]] | None] = asyncio.Queue()
         untaken: set[asyncio.Task[Any]] = set()
 
@@ -272,8 +136,8 @@ class Engine:
                 untaken.discard(sent)
                 yield items
                 window.leave()
-            if self._closed:
-                raise self._closed_meanwhile(task)
+            if self.connection.closed:
+                raise self.connection.closed_meanwhile(task)
             await feeding
         finally:
             tasks = [feeding, *untaken]
@@ -318,18 +182,6 @@ class _Window:
 
     def took(self, seconds: float) -> None:
         self._slow = seconds > self._target
-
-
-def forked(pid: int) -> str:
-    """What to say of a client that was used before a fork."""
-    return (
-        f"this client was used in process {pid} and gRPC does not survive a fork: make the client "
-        f"in process {os.getpid()} instead, or start processes with the 'spawn' method"
-    )
-
-
-def _number(version: str) -> int:
-    return int(version) if version.isdigit() else 0
 
 
 def _load(images: list[Any], start: int, size: tuple[int, int]) -> dict[int, bytes | Unusable]:

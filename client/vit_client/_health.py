@@ -12,13 +12,13 @@ from .errors import VitClientError
 from .types import Health
 
 if TYPE_CHECKING:
-    from ._engine import Engine
+    from ._connection import Connection
 
 _TASK = "embed"
 _ONE_PIXEL = b"P6 1 1 255\n\x80\x80\x80"
 
 
-async def check(engine: Engine, timeout: float) -> Health:
+async def check(connection: Connection, timeout: float) -> Health:
     """Ask the server how it is, then give it an image: it may call itself ready while one of
     its models has died and every request fails."""
     live = ready = False
@@ -28,7 +28,7 @@ async def check(engine: Engine, timeout: float) -> Health:
 
     async def ask(method: str, message: Any, task: str | None = None) -> Any:
         left = max(0.001, deadline - time.monotonic())
-        return await engine.call(method, message, timeout=left, task=task, retries=0)
+        return await connection.call(method, message, timeout=left, task=task, retries=0)
 
     try:
         live = (await ask("ServerLive", pb.ServerLiveRequest())).live

@@ -118,7 +118,8 @@ def test_retries_do_not_become_a_storm(proxy: Proxy) -> None:
 
         with ThreadPoolExecutor(50) as pool:
             kinds = set(pool.map(call, range(50)))
-    assert kinds == {Overloaded}
+    # The last try of a call may be cut off by its deadline.
+    assert {Overloaded} <= kinds <= {Overloaded, DeadlineExceeded}
     assert proxy.inferences <= 50 + 10 + 3
 
 
@@ -204,7 +205,8 @@ def narrow_repository(tiny_repository: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_repository, folder)
     config = folder / "preprocess" / "config.pbtxt"
     text = config.read_text()
-    narrow = text.replace("max_queue_size: 512", "max_queue_size: 2")
+    policy = "dynamic_batching { default_queue_policy { max_queue_size: 2 } }"
+    narrow = text.replace("dynamic_batching {\n}", policy)
     assert narrow != text
     config.write_text(narrow)
     model = folder / "preprocess" / "1" / "model.py"
