@@ -1,6 +1,7 @@
 """`make demo`: start the built repository on free ports, ask about a photo, stop."""
 
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ COMMANDS = [f"classify {PHOTO} --top-k 5", f"embed {PHOTO}", f"features {PHOTO}"
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     command = [BIN / "vit-server", "--model-repository", "models", *ports]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
