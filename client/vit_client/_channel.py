@@ -91,6 +91,9 @@ class Settings:
     def open(self) -> grpc.aio.Channel:
         """A channel on the running event loop. Connects on first use."""
         options = [*_CHANNEL_OPTIONS, *self.channel_options]
+        if _LOOPBACK.match(self.target):
+            # A proxy from the environment cannot reach this machine's own loopback.
+            options.append(("grpc.enable_http_proxy", 0))
         if not self.tls:
             return grpc.aio.insecure_channel(self.target, options=options)
         credentials = grpc.ssl_channel_credentials(
@@ -119,6 +122,8 @@ _CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
+
+_LOOPBACK = re.compile(r"(dns:///|ipv4:|ipv6:)?(localhost|127\.[\d.]+|\[::1\])(:|$)")
 
 _SCHEMES = {"grpc": False, "grpcs": True}
 

@@ -209,7 +209,7 @@ def _message(
     if _NOT_LOADED in details:
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if kind is Unavailable:
-        return f"no server at {url}{_unavailable_hint(details)} ({details})"
+        return f"no server at {url}{_unavailable_hint(url, details)} ({details})"
     if kind is DeadlineExceeded:
         return f"no answer from {url} within {timeout:g} s"
     if kind is Overloaded:
@@ -223,7 +223,9 @@ def _message(
     return f"the server failed ({code.name}: {details})"
 
 
-def _unavailable_hint(details: str) -> str:
+def _unavailable_hint(url: str, details: str) -> str:
+    if url.endswith((":8000", ":8002")):
+        return ": is that Triton's port for HTTP or metrics? The one for gRPC is 8001 by default"
     if "all backends" in details and "Socket closed" in details:
         return (
             ": something listens there that does not speak plain gRPC. Is it the HTTP port, or "

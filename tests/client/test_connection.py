@@ -258,3 +258,18 @@ def test_healthy_is_what_answers_an_image(proxy: Proxy) -> None:
     assert health.ready
     assert not health
     assert "Stub process is not healthy" in health.problem
+
+
+def test_a_proxy_does_not_come_between_two_programs_of_one_machine(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    port = url.rpartition(":")[2]
+    for address in (f"127.0.0.1:{port}", f"localhost:{port}", f"ipv4:127.0.0.1:{port}"):
+        with Client(address, retries=0, timeout=10) as client:
+            assert client.health().answering
+
+
+def test_the_usual_http_port_is_recognised() -> None:
+    with Client("localhost:8000", retries=0, timeout=5) as client:
+        assert "The one for gRPC is 8001" in client.health().problem

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError
 from ._common import OK, connect
 from ._embed import describe
 from ._inputs import expand, image
-from ._tables import replacing, write_safetensors
+from ._tables import check_folder, replacing, write_safetensors
 
 Array = npt.NDArray[np.float32]
 
@@ -29,6 +29,8 @@ def features_to_file(options: Namespace) -> int:
     output = Path(options.output) if options.output else None
     if output is not None and output.suffix not in (".safetensors", ".npz"):
         raise ConfigurationError(f"{output}: the name must end in .safetensors, .npz")
+    for file in filter(None, (options.output, options.picture)):
+        check_folder(Path(file))
     with connect(options) as client:
         model = client.model()
         given = image(names[0])

@@ -50,6 +50,11 @@ def check(path: Path) -> None:
         raise ConfigurationError(f"{path}: the name must end in {', '.join(_WRITERS)}")
     if path.suffix == ".parquet":
         _pyarrow("parquet")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ConfigurationError where the folder that `path` is to be written to is not there."""
     if not path.parent.is_dir():
         raise ConfigurationError(f"{path}: no such folder {path.parent}")
 
