@@ -1,5 +1,6 @@
 """What is a checkpoint of this network, and what is told of a file that is none."""
 
+import dataclasses
 import os
 import pickle
 from collections.abc import Callable
@@ -165,6 +166,19 @@ def test_the_form_is_told_by_content_not_by_name(tmp_path: Path) -> None:
     (tmp_path / "b.pt").write_bytes((GOLDENS / "tiny.safetensors").read_bytes())
     a, b = vit_builder.load(tmp_path / "A.SAFETENSORS"), vit_builder.load(tmp_path / "b.pt")
     assert a.labels == b.labels
+
+
+def test_a_safetensors_header_of_any_length_is_recognised(tmp_path: Path) -> None:
+    """Its first byte can be that of a pickle, 0x80: label lengths go through all of them."""
+    checkpoint = vit_builder.load(GOLDENS / "tiny.pt")
+    firsts = set()
+    for length in range(0, 256, 8):
+        labels = ["x" * length, *checkpoint.labels[1:]]
+        path = tmp_path / "x.safetensors"
+        vit_builder.save(dataclasses.replace(checkpoint, labels=labels), path)
+        firsts.add(path.read_bytes()[0])
+        assert vit_builder.load(path).labels == labels
+    assert 0x80 in firsts
 
 
 def test_a_torchscript_archive_is_told_shortly(tiny_repository: Path) -> None:

@@ -67,12 +67,12 @@ def load(path: Path) -> Checkpoint:
             start = f.read(9)
     except OSError as e:
         raise CheckpointError(f"{path}: {(e.strerror or str(e)).lower()}") from e
-    # A torch file is a zip archive, and was a bare pickle before 2020. A safetensors file starts
-    # with the length of its header, which is JSON.
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        content = _read_pt(path)
-    elif start[8:] == b"{":
+    # A safetensors file starts with the length of its header (8 bytes, of any value) and the
+    # header, which is JSON. A torch file is a zip archive, and was a bare pickle before 2020.
+    if start[8:] == b"{":
         content = _read_safetensors(path)
+    elif start.startswith((b"PK\x03\x04", b"\x80")):
+        content = _read_pt(path)
     else:
         raise CheckpointError(f"{path} is neither a torch file (.pt) nor a safetensors file")
     try:
