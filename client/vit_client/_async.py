@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args, overload
@@ -129,8 +130,8 @@ class AsyncClient:
             BadImages: Some of several images cannot be used; has the answers of the others.
             ValueError: The model has no `top_k` classes to offer.
         """
-        await self._check_top_k(top_k, timeout)
-        result: list[Any] = await self._ask("classify", images, timeout, top_k)
+        left = await self._check_top_k(top_k, self._timeout(timeout))
+        result: list[Any] = await self._ask("classify", images, left, top_k)
         return result
 
     async def probabilities(
@@ -251,7 +252,8 @@ class AsyncClient:
 
         Images are read ahead, sent and answered while you work on earlier ones. A plain iterable
         is read in a thread of its own, so it may block. Closing the iterator early (leaving the
-        loop, or `close()`/`aclose()`) cancels what is in flight.
+        loop, or `close()`/`aclose()`) cancels what is in flight; an `async for` that may be left
+        early wants `contextlib.aclosing`, because Python alone closes it only when it is collected.
 
         Args:
             images: Any iterable or async iterable of images.
@@ -312,10 +314,13 @@ class AsyncClient:
             self._engine.connection.settings.timeout if timeout is None else check_timeout(timeout)
         )
 
-    async def _check_top_k(self, top_k: int, timeout: float | None) -> None:
+    async def _check_top_k(self, top_k: int, timeout: float) -> float:
+        """Returns what is left of `timeout`."""
+        started = time.monotonic()
         most = (await self.model(timeout=timeout)).max_top_k
-        if not 1 <= top_k <= most:
-            raise ValueError(f"top_k must be from 1 to {most}, not {top_k}")
+        if not isinstance(top_k, int) or not 1 <= top_k <= most:
+            raise ValueError(f"top_k must be a whole number from 1 to {most}, not {top_k!r}")
+        return max(0.001, timeout - (time.monotonic() - started))
 
     async def _ask(self, task: Task, images: Any, timeout: float | None, top_k: int = 0) -> Any:
         seconds = self._timeout(timeout)

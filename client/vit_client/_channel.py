@@ -58,6 +58,8 @@ class Settings:
     ) -> Settings:
         """Argument, else environment, else default; a bad value raises ConfigurationError."""
         url = url or os.environ.get("VIT_URL") or f"localhost:{DEFAULT_PORT}"
+        if not isinstance(url, str):
+            raise ConfigurationError(f"url must be text, not {url!r}")
         files = {
             name: Path(value) if (value := given or os.environ.get(f"VIT_{name.upper()}")) else None
             for name, given in {
@@ -90,10 +92,13 @@ class Settings:
 
     def open(self) -> grpc.aio.Channel:
         """A channel on the running event loop. Connects on first use."""
-        options = [*_CHANNEL_OPTIONS, *self.channel_options]
+        # By name, so that options of the caller win one by one: of two with one name gRPC takes
+        # the first.
+        merged = dict(_CHANNEL_OPTIONS)
         if _LOOPBACK.match(self.target):
             # A proxy from the environment cannot reach this machine's own loopback.
-            options.append(("grpc.enable_http_proxy", 0))
+            merged["grpc.enable_http_proxy"] = 0
+        options = list({**merged, **dict(self.channel_options)}.items())
         if not self.tls:
             return grpc.aio.insecure_channel(self.target, options=options)
         credentials = grpc.ssl_channel_credentials(
@@ -104,7 +109,6 @@ class Settings:
         return grpc.aio.secure_channel(self.target, credentials, options=options)
 
 
-# Given first, so that channel_options of the caller win one by one instead of replacing them all.
 _CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     # gRPC's own limit of 4 MiB is less than eight feature maps.
     ("grpc.max_receive_message_length", -1),
@@ -165,8 +169,10 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
     if token:
         pairs["authorization"] = f"Bearer {token}"
     for name, value in pairs.items():
-        if not re.fullmatch(r"[a-z0-9_.-]+", name) or not value.isprintable():
-            raise ConfigurationError(f"header {name!r} has characters that gRPC does not allow")
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable():
+            raise ConfigurationError(f"the value of header {name!r} is not printable ASCII text")
+        if not re.fullmatch(r"[a-z0-9_.-]+", name) or name.endswith("-bin"):
+            raise ConfigurationError(f"{name!r} is not the name of a text header in gRPC")
     return tuple(pairs.items())
 
 
@@ -216,8 +222,8 @@ def _at_least(minimum: int, name: str, value: int) -> int:
 
 def check_timeout(seconds: float) -> float:
     """A timeout must be finite: a call that can hang for ever will."""
-    if not 0 < seconds < 1e6:
-        raise ConfigurationError(f"timeout must be a number of seconds above 0, not {seconds}")
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
+        raise ConfigurationError(f"timeout must be a number of seconds above 0, not {seconds!r}")
     return seconds
 
 

@@ -22,6 +22,10 @@ from .types import Model
 
 _Call = Callable[..., Any]
 
+# The process in which a client first used gRPC. A forked child inherits the number, and gRPC's
+# state with it, which hangs or aborts there even for a channel of its own.
+_grpc_pid = 0
+
 
 class Connection:
     """One channel and what all calls over it share. Belongs to the event loop it is first used
@@ -37,7 +41,7 @@ class Connection:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._budget = RetryBudget()
         self._model: Model | None = None
-        self._model_lock = asyncio.Lock()
+        self._asking: asyncio.Task[Model] | None = None
 
     def stub(self) -> Any:
         """The gRPC methods. Opens the channel on first use, so that a client which was made
@@ -46,6 +50,10 @@ class Connection:
             raise ClientClosed("this client is closed")
         loop = asyncio.get_running_loop()
         if self._stub is None:
+            global _grpc_pid
+            _grpc_pid = _grpc_pid or os.getpid()
+            if _grpc_pid != os.getpid():
+                raise ClientClosed(forked(_grpc_pid))
             self._loop, self._pid = loop, os.getpid()
             self._channel = self.settings.open()
             self._stub = GRPCInferenceServiceStub(self._channel)
@@ -60,6 +68,9 @@ class Connection:
     async def close(self) -> None:
         """Cancel what is in flight and close the channel."""
         self.closed = True
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
         channel, self._channel = self._channel, None
         if channel is not None and self._pid == os.getpid():
             await channel.close()
@@ -140,27 +151,49 @@ class Connection:
         return pause
 
     async def model(self, timeout: float) -> Model:
-        """What the server serves; asked for once."""
-        if self._model is None:
-            async with self._model_lock:
-                if self._model is None:
-                    self._model = await self._ask_model(timeout)
+        """What the server serves; asked for once, for all who wait for it."""
+        deadline = time.monotonic() + timeout
+        while self._model is None:
+            left = deadline - time.monotonic()
+            if self._asking is None:
+                self._asking = asyncio.ensure_future(self._ask_model(left))
+                self._asking.add_done_callback(self._asked)
+            try:
+                await asyncio.wait_for(asyncio.shield(self._asking), left)
+            except asyncio.CancelledError:
+                if self.closed:
+                    raise self.closed_meanwhile(None) from None
+                raise
+            except (asyncio.TimeoutError, DeadlineExceeded):
+                # The deadline may have been that of another caller, who asked first.
+                if time.monotonic() + 0.01 >= deadline:
+                    raise DeadlineExceeded(
+                        f"no answer from {self.settings.target} within {timeout:.3g} s"
+                    ) from None
         return self._model
 
+    def _asked(self, asking: asyncio.Task[Model]) -> None:
+        self._asking = None
+        if not asking.cancelled() and asking.exception() is None:
+            self._model = asking.result()
+
     async def _ask_model(self, timeout: float) -> Model:
+        deadline = time.monotonic() + timeout
         request = pb.ModelConfigRequest(name=_wire.MODEL)
         config = (await self.call("ModelConfig", request, timeout=timeout)).config
+        left = max(0.0, deadline - time.monotonic())
         metadata = await self.call(
-            "ModelMetadata", pb.ModelMetadataRequest(name=_wire.MODEL), timeout=timeout
+            "ModelMetadata", pb.ModelMetadataRequest(name=_wire.MODEL), timeout=left
         )
         return _wire.model(config, max(metadata.versions, key=_number, default=""))
 
 
 def forked(pid: int) -> str:
-    """What to say of a client that was used before a fork."""
+    """What to say where a client was used before a fork."""
     return (
-        f"this client was used in process {pid} and gRPC does not survive a fork: make the client "
-        f"in process {os.getpid()} instead, or start processes with the 'spawn' method"
+        f"a client was used in process {pid} before process {os.getpid()} was forked from it, and "
+        "gRPC does not survive a fork: start processes with the 'spawn' method, or use no client "
+        "before the fork"
     )
 
 

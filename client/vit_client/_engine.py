@@ -50,7 +50,9 @@ class Engine:
     ) -> list[Item[Any]]:
         """Answers to a few images, the first of which has index `first`. A bad image becomes an
         item with an error; every other failure raises."""
+        started = time.monotonic()
         size = (await self.connection.model(timeout)).image_size
+        timeout = max(0.0, timeout - (time.monotonic() - started))
         items: dict[int, Item[Any]] = {}
         row = 0
         while row < len(images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 from pathlib import Path
@@ -82,6 +83,8 @@ def _read(path: Path) -> bytes:
 
 
 def _read_open(file: Any) -> bytes:
+    if isinstance(file, io.TextIOBase):
+        raise Unusable('is open as text; open it with "rb"')
     try:
         data = file.read()
     except (OSError, ValueError) as error:  # ValueError: the file is closed
@@ -128,7 +131,7 @@ def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
             "image or a uint8 array [height, width, 3]"
         )
     try:
-        with _LOCKS[hash(id(image)) % len(_LOCKS)]:
+        with _LOCKS[(id(image) >> 4) % len(_LOCKS)]:
             image.load()
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             if _shrinks(rgb.height, rgb.width, size):

@@ -89,7 +89,7 @@ class _Reader:
                     break
                 self._add(image)
         except BaseException as error:
-            self._error = error
+            self._error = _as_exception(error)
         finally:
             if self._stopped and hasattr(iterator, "close"):
                 iterator.close()
@@ -102,9 +102,10 @@ class _Reader:
                 await self._async_room.acquire()
                 self._buffer.append(image)
                 self._arrived.set()
-        except BaseException as error:
-            self._error = error
+        except asyncio.CancelledError:
             raise
+        except BaseException as error:
+            self._error = _as_exception(error)
         finally:
             self._finished = True
             self._arrived.set()
@@ -123,3 +124,12 @@ class _Reader:
             self._loop.call_soon_threadsafe(self._arrived.set)
         except RuntimeError:  # the loop has closed: nobody listens any more
             self._stopped = True
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What a source raised, as something that an event loop survives: SystemExit would end it."""
+    if isinstance(error, Exception):
+        return error
+    wrapped = RuntimeError(f"the iterable of images raised {error!r}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -254,7 +254,8 @@ class Client:
 
         Images are read ahead, sent and answered while you work on earlier ones. A plain iterable
         is read in a thread of its own, so it may block. Closing the iterator early (leaving the
-        loop, or `close()`/`aclose()`) cancels what is in flight.
+        loop, or `close()`/`aclose()`) cancels what is in flight; an `async for` that may be left
+        early wants `contextlib.aclosing`, because Python alone closes it only when it is collected.
 
         Args:
             images: Any iterable or async iterable of images.

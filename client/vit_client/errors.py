@@ -169,7 +169,7 @@ _NOT_LOADED = "has no available versions"
 
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest,  # a message over the server's limit
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,  # a gateway's way to limit the rate
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
@@ -194,6 +194,8 @@ def from_grpc(
     kind = _BY_CODE.get(code, ServerError)
     if any(text in lower for text in _OVERLOAD_TEXTS):
         kind = Overloaded
+    elif "larger than max" in lower:  # a message, also RESOURCE_EXHAUSTED
+        kind = InvalidRequest
     elif _NOT_LOADED in lower:
         kind = Unavailable
     elif "request for unknown model" in lower:
@@ -211,7 +213,7 @@ def _message(
     if kind is Unavailable:
         return f"no server at {url}{_unavailable_hint(url, details)} ({details})"
     if kind is DeadlineExceeded:
-        return f"no answer from {url} within {timeout:g} s"
+        return f"no answer from {url} within {timeout:.3g} s"
     if kind is Overloaded:
         return f"the server at {url} is overloaded ({details})"
     if kind is ModelNotServed:

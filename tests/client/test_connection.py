@@ -4,10 +4,18 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from vit_client import AccessDenied, Client, ConfigurationError, Unavailable
+from vit_client import (
+    AccessDenied,
+    Client,
+    ConfigurationError,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from vit_client._channel import Settings, parse_url
 
 from .conftest import encoded
@@ -208,6 +216,36 @@ def test_large_messages_pass_whatever_the_channel_options(url: str) -> None:
     big = b"P6 2000 1000 255\n" + bytes(6_000_000)
     with Client(url, channel_options=[("grpc.primary_user_agent", "mine")]) as client:
         assert client.embed(big).shape == (64,)
+
+
+def test_channel_options_win_over_the_clients_own(url: str) -> None:
+    options = [("grpc.max_receive_message_length", 100)]
+    with (
+        Client(url, channel_options=options) as client,
+        pytest.raises(InvalidRequest, match="larger than max"),
+    ):
+        client.model()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token": "é"},
+        {"headers": {"x": 1}},
+        {"headers": {"x-bin": "abc"}},
+        {"timeout": "5"},
+        {"url": b"localhost"},
+    ],
+)
+def test_settings_of_the_wrong_kind(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        Client(**settings)
+
+
+def test_a_gateways_rate_limit_is_overload(proxy: Proxy) -> None:
+    proxy.refusals = [(grpc.StatusCode.RESOURCE_EXHAUSTED, "rate limit")]
+    with Client(proxy.url, retries=0) as client, pytest.raises(Overloaded, match="rate limit"):
+        client.embed(IMAGE)
 
 
 def test_requests_go_to_all_addresses_in_turn(url: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_in_the_end_it_is_told_what_it_was(
     ("code", "words", "kind"),
     [
         (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape", InvalidRequest),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "message too large", InvalidRequest),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max", InvalidRequest),
         (grpc.StatusCode.INTERNAL, "Stub process is not healthy", ServerError),
         (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'embed'", ModelNotServed),
         (grpc.StatusCode.UNIMPLEMENTED, "", ModelNotServed),
@@ -403,8 +404,47 @@ def test_after_a_fork_there_is_an_error_not_a_hang(url: str) -> None:
     """
     out, _ = script(code, url, "used").communicate(timeout=20)
     assert "does not survive a fork" in out
+    # Nor does a client that is new in the child: gRPC's own state has come along.
+    fresh = code.replace(
+        "                    client.model()\n                print",
+        "                    pass\n                print",
+    )
+    out, _ = script(fresh, url, "used").communicate(timeout=20)
+    assert "does not survive a fork" in out
     out, _ = script(code, url, "unused").communicate(timeout=20)
     assert out == "(64,)\n"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_a_source_that_ends_the_program_does_not_hang_the_client(
+    url: str, kind: type[BaseException]
+) -> None:
+    def images() -> Iterator[bytes]:
+        yield IMAGE
+        raise kind("row 2 is bad")
+
+    with Client(url) as client:
+        with pytest.raises(RuntimeError, match=kind.__name__) as raised:
+            list(client.stream(images()))
+        assert isinstance(raised.value.__cause__, kind)
+        assert client.embed(IMAGE).shape == (64,)  # the client lives on
+
+
+def test_first_calls_of_many_threads_keep_their_deadlines(proxy: Proxy) -> None:
+    """All of them wait for what the server serves, which is asked once."""
+    proxy.delay = 30
+
+    def call(seconds: float) -> float:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            client.embed(IMAGE, timeout=seconds)
+        return time.monotonic() - started - seconds
+
+    with Client(proxy.url) as client, ThreadPoolExecutor(8) as pool:
+        late = list(pool.map(call, [0.5, 1, 0.5, 1, 0.5, 1, 0.5, 1]))
+    assert max(late) < 0.4
+    assert min(late) > -0.1
+    assert proxy.calls == ["ModelConfig"] * 2  # again for those with time left
 
 
 def test_ctrl_c_ends_a_call_at_once(proxy: Proxy) -> None:
