@@ -26,6 +26,8 @@ def main(folder: str, threshold: str = "0.95") -> None:
                 continue
             names.append(str(item.image))
             rows.append(item.result / np.linalg.norm(item.result))
+    if not rows:
+        sys.exit(f"no images to compare in {folder}")
     cosines = np.triu(np.stack(rows) @ np.stack(rows).T, k=1)
     pairs = np.argwhere(cosines > float(threshold))
     for one, other in sorted(pairs.tolist(), key=lambda pair: -cosines[pair[0], pair[1]]):
@@ -33,4 +35,6 @@ def main(folder: str, threshold: str = "0.95") -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python duplicates.py FOLDER [THRESHOLD]")
     main(*sys.argv[1:])

@@ -112,7 +112,8 @@ def test_an_untrained_model_is_warned_of(url: str, folder: Path) -> None:
         (["embed", "x.png", "--url", "localhost:1"], 3, "no server at localhost:1"),
         (["embed", "x.png", "--url", "http://localhost:1"], 2, "HTTP address"),
         (["embed", "x.png", "--timeout", "-1"], 2, "timeout must be"),
-        (["classify", "x.png", "-k", "13"], 2, "top_k must be from 1 to 12"),
+        (["classify", "x.png", "-k", "13"], 2, "from 1 to 12"),
+        (["similar", "x.png", "--to", "x.npz", "-n", "-3"], 2, "must be 1 or more"),
         (["embed"], 2, "required: IMAGE"),
         (["nonsense"], 2, "invalid choice"),
     ],
@@ -122,6 +123,55 @@ def test_mistakes_are_one_clear_line(url: str, arguments: list[str], code: int, 
     assert ran.returncode == code
     assert words in ran.stderr
     assert ran.stdout == ""
+
+
+def in_shell(url: str, line: str) -> "subprocess.CompletedProcess[str]":
+    ran = subprocess.run(
+        f"{COMMAND} {line}",
+        shell=True,
+        env={**os.environ, "VIT_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran
+
+
+@pytest.mark.parametrize("form", ["", "--json", "--csv"])
+def test_a_full_disk_under_standard_output(url: str, folder: Path, form: str) -> None:
+    ran = in_shell(url, f"classify {folder} {form} > /dev/full")
+    said = "vit-client: standard output cannot be written (no space left on device)\n"
+    assert ran.stderr == said
+    assert ran.returncode == 5
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_like_dev_null(url: str, folder: Path, streams: str) -> None:
+    assert in_shell(url, f"classify {folder} --csv {streams}").returncode == 0
+    assert in_shell(url, f"classify {folder}/no.png {streams}").returncode == 1
+    assert in_shell(url, f"classify - </dev/null {streams}").returncode == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_every_name_can_be_printed(
+    url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", f"{encoding}:strict")
+    names = [os.fsdecode(b"bad\xff.png"), "größe.png"]
+    for name in names:
+        (folder / name).write_bytes(encoded(0))
+    expected = [str(folder / "bad\\udcff.png"), str(folder / "größe.png")]
+    files = [folder / name for name in names]
+    rows = vit_client(url, "classify", *files, "--json").stdout.splitlines()
+    assert [json.loads(row)["image"] for row in rows] == expected
+    for form in ([], ["--csv"]):
+        ran = vit_client(url, "embed", *files, *form)
+        assert expected[0] in ran.stdout
+        assert ran.returncode == 0
+    ran = vit_client(url, "embed", folder / os.fsdecode(b"missing\xff.png"))
+    assert "missing\\udcff.png: no such file" in ran.stderr
+    assert ran.returncode == 1
 
 
 def test_help_teaches() -> None:

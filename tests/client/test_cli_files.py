@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from vit_client.cli._features import principal_colours
 from .conftest import encoded
 from .test_cli import COMMAND, vit_client
 
+DUPLICATES = Path(__file__).parents[2] / "client" / "examples" / "duplicates.py"
 FORMATS = ["npz", "safetensors", "parquet"]
 
 
@@ -77,6 +79,109 @@ def test_the_files_are_what_others_read(
     table = parquet.read_table(tmp_path / "out.parquet")
     assert table["image"].to_pylist() == names
     np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_name_need_not_be_text(url: str, photos: Path, tmp_path: Path, form: str) -> None:
+    need(form)
+    photo = photos / os.fsdecode(b"07\xff.png")
+    (photos / "07.png").rename(photo)
+    output = tmp_path / f"out.{form}"
+    ran = vit_client(url, "embed", photos, "-o", output)
+    assert ran.stdout == f"{output}: 20 × 64 float32\n"
+    ran = vit_client(url, "similar", photo, "--to", output, "-n", "1", "--json")
+    assert json.loads(ran.stdout)["image"] == str(photos / "07\\udcff.png")
+    if form == "safetensors":
+        with safetensors.safe_open(output, "numpy") as file:
+            assert str(photos / "07\\udcff.png") in json.loads(file.metadata()["images"])
+        ran = vit_client(url, "features", photo, "-o", output)
+        assert ran.returncode == 0
+        with safetensors.safe_open(output, "numpy") as file:
+            assert file.metadata()["image"] == str(photos / "07\\udcff.png")
+
+
+def test_a_name_that_is_not_text_is_resumed(tmp_path: Path) -> None:
+    from vit_client.cli._journal import Journal
+
+    photo = tmp_path / os.fsdecode(b"\xff.png")
+    photo.write_bytes(encoded(0))
+    journal = Journal(tmp_path / "out.npz", "model")
+    journal.add(str(photo), np.ones(64, np.float32))
+    journal.close()
+    journal = Journal(tmp_path / "out.npz", "model")
+    assert journal.done([str(photo), "other.png"]) == {str(photo)}
+    assert next(journal.blocks([str(photo)], 1)).sum() == 64
+    journal.close()
+
+
+# Files cannot grow beyond so many bytes: as on a full disk.
+SMALL_DISK = """
+import resource, sys
+from vit_client.cli import _journal, main
+_journal._COMMIT_SECONDS = 0
+size = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def on_small_disk(url: str, size: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    ran = subprocess.run(
+        [sys.executable, "-c", SMALL_DISK, str(size), *arguments],
+        env={**os.environ, "VIT_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran
+
+
+@pytest.mark.parametrize("size", [0, 16384], ids=["at once", "on the way"])
+def test_a_full_disk(url: str, photos: Path, tmp_path: Path, size: int) -> None:
+    output = tmp_path / "out.npz"
+    arguments = ["embed", str(photos), "-o", str(output)]
+    ran = on_small_disk(url, size, *arguments)
+    assert f"{output}.partial cannot be written (" in ran.stderr
+    assert ran.returncode == 5
+    assert not output.exists()
+    ran = vit_client(url, *arguments)
+    assert ("resuming" in ran.stderr) == (size > 0)
+    assert ran.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["neck.npz", "neck.safetensors", "map.png"])
+def test_a_full_disk_under_features(url: str, photos: Path, tmp_path: Path, name: str) -> None:
+    option = "--picture" if name == "map.png" else "-o"
+    ran = on_small_disk(url, 0, "features", str(photos / "00.png"), option, str(tmp_path / name))
+    assert ran.stderr == f"vit-client: {tmp_path / name} cannot be written (file too large)\n"
+    assert ran.returncode == 5
+    assert list(tmp_path.iterdir()) == [photos]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_output_that_cannot_be_replaced(tmp_path: Path, form: str) -> None:
+    from vit_client.cli import _tables
+    from vit_client.cli._common import CannotWrite
+
+    need(form)
+    (tmp_path / "out").mkdir()
+    output = (tmp_path / "out").rename(tmp_path / f"out.{form}")  # a folder is in the way
+    table = _tables.Table(["x"], 4, lambda: [np.zeros((1, 4), np.float32)], "model")
+    with pytest.raises(CannotWrite, match=rf"out\.{form} cannot be written \(is a directory\)"):
+        _tables.write(output, table)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("arguments", [["embed", "-o"], ["features", "-o"]])
+def test_a_folder_that_cannot_be_written_to(url: str, photos: Path, arguments: list[str]) -> None:
+    verb, option = arguments
+    ran = vit_client(url, verb, photos / "00.png", option, "/proc/x.npz")
+    assert "vit-client: /proc/x.npz" in ran.stderr
+    assert "cannot be written (" in ran.stderr
+    assert "tmp" not in ran.stderr.replace(str(photos), "")
+    assert "another run" not in ran.stderr
+    assert ran.returncode == 5
 
 
 def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -> None:
@@ -201,6 +306,24 @@ def test_features_to_a_file_take_one_image(url: str, photos: Path, tmp_path: Pat
     assert ran.returncode == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--picture", "out.xyz", "-o", "n.npz"], "out.xyz: cannot write pictures of this kind"),
+        (["-o", "n.npz", "--json"], "--json prints the map"),
+        (["--picture", "out.png", "--json"], "--json prints the map"),
+    ],
+)
+def test_features_are_refused_before_the_work(
+    photos: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    paths = [tmp_path / word if "." in word else word for word in arguments]
+    ran = vit_client("localhost:1", "features", photos / "00.png", *paths)
+    assert words in ran.stderr
+    assert ran.returncode == 2
+    assert [path for path in tmp_path.iterdir() if path != photos] == []
+
+
 def test_patches_that_are_alike_have_one_colour() -> None:
     """Two kinds of patches, left and right; and a map without any difference."""
     neck = np.zeros((8, 4, 6), np.float32)
@@ -236,3 +359,20 @@ def test_a_closed_pipe_is_no_error(url: str, photos: Path) -> None:
     )
     assert len(ran.stdout) == 10
     assert ran.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [([], "usage: "), (["."], "no images to compare in .")]
+)
+def test_duplicates_of_nothing(url: str, tmp_path: Path, arguments: list[str], words: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, DUPLICATES, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "VIT_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.stderr.startswith(words)
+    assert ran.stderr.count("\n") == 1
+    assert ran.returncode == 1

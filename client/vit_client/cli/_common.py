@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,22 @@ from ._inputs import image
 from ._report import warning
 
 # Exit codes; main maps errors to the others.
-OK, IMAGES_FAILED, USAGE, NO_ANSWER, REFUSED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+OK, IMAGES_FAILED, USAGE, NO_ANSWER, REFUSED, UNWRITABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+
+class CannotWrite(Exception):
+    """The output cannot be written: a full disk, no permission."""
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, without the name of the file that it went wrong with."""
+    return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
+def escaped(name: str) -> str:
+    """A file name that every format can hold. Not all bytes of a name need be UTF-8: Python has
+    surrogates for the others, which are not text."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def connect(options: Namespace) -> Client:

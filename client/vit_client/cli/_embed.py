@@ -11,7 +11,7 @@ from pathlib import Path
 from .._sync import Client
 from ..types import Model
 from . import _tables
-from ._common import IMAGES_FAILED, OK, Images, connect, progress, warn_if_untrained
+from ._common import IMAGES_FAILED, OK, Images, connect, escaped, progress, warn_if_untrained
 from ._inputs import STDIN, expand
 from ._journal import Journal
 from ._report import error, note
@@ -35,7 +35,8 @@ def embed_to_file(options: Namespace) -> int:
             good = [name for name in names if name not in failed]
             if good:
                 blocks = lambda: journal.blocks(good, _tables.BLOCK)  # noqa: E731
-                table = _tables.Table(good, model.embedding_size, blocks, describe(model))
+                images = [escaped(name) for name in good]
+                table = _tables.Table(images, model.embedding_size, blocks, describe(model))
                 _tables.write(output, table)
         except BaseException:
             journal.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import ConfigurationError
-from ._common import OK, connect
+from ._common import OK, connect, escaped
 from ._embed import describe
 from ._inputs import expand, image
-from ._tables import check_folder, replacing, write_safetensors
+from ._tables import add_array, check_folder, replacing, write_safetensors
 
 Array = npt.NDArray[np.float32]
 
@@ -23,6 +24,8 @@ _PICTURE_HEIGHT = 512
 
 def features_to_file(options: Namespace) -> int:
     """Save the feature map of one image; returns the exit code."""
+    if options.json:
+        raise ConfigurationError("--json prints the map, -o and --picture write files: not both")
     names = expand(options.images)
     if len(names) != 1:
         raise ConfigurationError(f"-o and --picture take one image, not {len(names)}")
@@ -31,12 +34,14 @@ def features_to_file(options: Namespace) -> int:
         raise ConfigurationError(f"{output}: the name must end in .safetensors, .npz")
     for file in filter(None, (options.output, options.picture)):
         check_folder(Path(file))
+    if options.picture:
+        _format(Path(options.picture))
     with connect(options) as client:
         model = client.model()
         given = image(names[0])
         neck = client.features(given)["neck"]
     if output is not None:
-        metadata = {"image": names[0], "model": describe(model)}
+        metadata = {"image": escaped(names[0]), "model": describe(model)}
         with replacing(output) as temporary:
             _save(temporary, output.suffix, neck, metadata)
         print(f"{output}: neck {' × '.join(map(str, neck.shape))} float32")
@@ -51,8 +56,10 @@ def _save(path: Path, suffix: str, neck: Array, metadata: dict[str, str]) -> Non
     if suffix == ".safetensors":
         write_safetensors(path, "neck", neck.shape, [neck], metadata)
     else:
-        with path.open("wb") as file:
-            np.savez(file, neck=neck, **{key: np.array(value) for key, value in metadata.items()})
+        with zipfile.ZipFile(path, "w") as archive:
+            add_array(archive, "neck.npy", neck)
+            for key, value in metadata.items():
+                add_array(archive, f"{key}.npy", np.array(value))
 
 
 def picture(photo: Image.Image, neck: Array, path: Path) -> None:

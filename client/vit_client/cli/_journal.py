@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError
+from ._common import CannotWrite
 
 Array = npt.NDArray[np.float32]
 
@@ -28,62 +31,77 @@ class Journal:
         """Open the journal of `output`, or begin one. What another model left is dropped.
 
         Raises:
-            ConfigurationError: Another run has it open.
+            ConfigurationError: Another run has it open, or it is damaged.
+            CannotWrite: No permission, or the disk is full; here and in the other methods.
         """
         self.path = output.with_name(output.name + ".partial")
         self._last_commit = time.monotonic()
-        try:
+        with self._errors_told():
             self._db = sqlite3.connect(self.path, timeout=0)
             # Holds the file until it is closed, so that two runs cannot mix.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("CREATE TABLE IF NOT EXISTS model (model TEXT)")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS rows "
-                "(image TEXT PRIMARY KEY, stamp TEXT, embedding BLOB) WITHOUT ROWID"
+                "(image BLOB PRIMARY KEY, stamp TEXT, embedding BLOB) WITHOUT ROWID"
             )
             if self._db.execute("SELECT model FROM model").fetchall() != [(model,)]:
                 self._db.execute("DELETE FROM model")
                 self._db.execute("DELETE FROM rows")
                 self._db.execute("INSERT INTO model VALUES (?)", (model,))
             self._db.commit()
-        except sqlite3.OperationalError as error:
-            raise ConfigurationError(f"{self.path}: is another run writing it? ({error})") from None
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"{self.path} is damaged, delete it ({error})") from None
 
     def done(self, names: Sequence[str]) -> set[str]:
         """Which of `names` need not be asked again."""
-        stamps = dict(self._db.execute("SELECT image, stamp FROM rows"))
-        return {name for name in names if name in stamps and stamps[name] == _stamp(name)}
+        with self._errors_told():
+            stamps = dict(self._db.execute("SELECT image, stamp FROM rows"))
+        return {name for name in names if stamps.get(os.fsencode(name)) == _stamp(name)}
 
     def add(self, name: str, embedding: Array) -> None:
         """Remember one answer."""
-        row = (name, _stamp(name), embedding.tobytes())
-        self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", row)
-        now = time.monotonic()
-        if now - self._last_commit > _COMMIT_SECONDS:
-            self._db.commit()
-            self._last_commit = now
+        row = (os.fsencode(name), _stamp(name), embedding.tobytes())
+        with self._errors_told():
+            self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", row)
+            now = time.monotonic()
+            if now - self._last_commit > _COMMIT_SECONDS:
+                self._db.commit()
+                self._last_commit = now
 
     def blocks(self, names: Sequence[str], size: int) -> Iterator[Array]:
         """The embeddings of `names`, `size` rows at a time."""
         for start in range(0, len(names), size):
-            rows = [
-                self._db.execute("SELECT embedding FROM rows WHERE image = ?", (name,)).fetchone()
-                for name in names[start : start + size]
-            ]
+            keys = [(os.fsencode(name),) for name in names[start : start + size]]
+            with self._errors_told():
+                rows = [
+                    self._db.execute("SELECT embedding FROM rows WHERE image = ?", key).fetchone()
+                    for key in keys
+                ]
             data = b"".join(row[0] for row in rows)
             yield np.frombuffer(data, np.float32).reshape(len(rows), -1)
 
     def close(self) -> None:
-        """Keep what there is for the next run."""
-        self._db.commit()
-        self._db.close()
+        """Keep what there is for the next run, as far as the disk has room for it."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.commit()
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
 
     def delete(self) -> None:
         """The output is written: nothing is left to resume."""
         self._db.close()
         self.path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                text = f"{self.path}: is another run writing it? ({error})"
+                raise ConfigurationError(text) from None
+            raise CannotWrite(f"{self.path} cannot be written ({error})") from None
+        except sqlite3.DatabaseError as error:
+            raise ConfigurationError(f"{self.path} is damaged, delete it ({error})") from None
 
 
 def _stamp(name: str) -> str:

@@ -36,7 +36,7 @@ VIT_TOKEN, VIT_HEADERS ("name: value, …"), VIT_TLS, VIT_CA_FILE, VIT_CERT_FILE
 _EXIT_CODES = """\
 Exit codes: 0 all answered, 1 some images could not be used (the others were answered), 2 wrong
 usage, 3 no server, no answer in time or overloaded (later may work), 4 the server refused or
-failed, 130 interrupted.
+failed, 5 the output cannot be written (a full disk, no permission), 130 interrupted.
 """
 
 
@@ -114,7 +114,7 @@ def _similar(verbs: Any) -> None:
     verb.add_argument("query", metavar="IMAGE", help="file, or - for standard input")
     verb.add_argument("--to", metavar="FILE", required=True, help="the vectors to compare with")
     verb.add_argument(
-        "-n", "--number", type=int, default=10, metavar="N", help="how many (default 10)"
+        "-n", "--number", type=_positive, default=10, metavar="N", help="how many (default 10)"
     )
     _prints(verb, csv=False)
 
@@ -139,6 +139,13 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
         "--timeout", type=float, metavar="SECONDS", help="for one request (VIT_TIMEOUT, 60)"
     )
     return verb
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def _takes_images(verb: argparse.ArgumentParser) -> None:

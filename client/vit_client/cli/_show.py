@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ._common import escaped
+
 Array = npt.NDArray[np.float32]
 
 
@@ -36,9 +38,14 @@ def as_json(task: str) -> Show:
     """One JSON object a line, for programs."""
 
     def show(name: str, result: Any) -> None:
-        print(json.dumps({"image": name, **_json_fields(task, result)}, ensure_ascii=False))
+        print_json({"image": escaped(name), **_json_fields(task, result)})
 
     return show
+
+
+def print_json(fields: dict[str, Any]) -> None:
+    """Print one line, in letters as far as standard output has them all."""
+    print(json.dumps(fields, ensure_ascii=sys.stdout.encoding != "utf-8"))
 
 
 def as_csv(task: str) -> Show:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import numpy.typing as npt
 
 from ..errors import ConfigurationError
 from . import _tables
-from ._common import OK, connect
+from ._common import OK, connect, escaped
 from ._embed import describe
 from ._inputs import image
 from ._report import warning
+from ._show import print_json
 
 Array = npt.NDArray[np.float32]
 
@@ -34,7 +34,7 @@ def similar(options: Namespace) -> int:
         warning(f"{options.to} is of another model ({model}): its numbers mean something else")
     for row, cosine in best(query, embeddings, options.number):
         if options.json:
-            print(json.dumps({"image": images[row], "cosine": cosine}, ensure_ascii=False))
+            print_json({"image": escaped(images[row]), "cosine": cosine})
         else:
             print(f"{cosine:7.4f}  {images[row]}")
     return OK

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError
+from ._common import CannotWrite, reason
 
 Array = npt.NDArray[np.float32]
 
@@ -87,13 +88,19 @@ def read(path: Path) -> tuple[list[str], Array, str]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when all went well, and else vanishes."""
+    """A temporary file that takes the place of `path` when all went well, and else vanishes.
+
+    Raises:
+        CannotWrite: Any OSError, told of `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written ({reason(error)})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,11 +149,12 @@ def _write_npz(path: Path, table: Table) -> None:
             _FORMAT.write_array_header_1_0(file, {**head, "shape": shape})
             for block in table.blocks():
                 file.write(np.ascontiguousarray(block, "<f4").tobytes())
-        _add(archive, "images.npy", np.array(table.images, dtype=np.str_))
-        _add(archive, "model.npy", np.array(table.model))
+        add_array(archive, "images.npy", np.array(table.images, dtype=np.str_))
+        add_array(archive, "model.npy", np.array(table.model))
 
 
-def _add(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+def add_array(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
+    """Write one member of a .npz file. `np.savez` leaves its archive open on a full disk."""
     file: IO[bytes]
     with archive.open(name, "w", force_zip64=True) as file:
         _FORMAT.write_array(file, array, allow_pickle=False)
