@@ -114,9 +114,8 @@ def replacing(output: Path) -> Iterator[Path]:
     building = output.with_name(f".{output.name}.building-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in output.parent.glob(
-            f".{output.name}.building-*"
-        ):  # by a builder that was killed
+        # What a builder that was killed has left:
+        for left in output.parent.glob(f".{output.name}.building-*"):
             if left == building or not Path("/proc", left.name.rpartition("-")[2]).exists():
                 shutil.rmtree(left)
         building.mkdir()

@@ -51,7 +51,7 @@ def serve(repository: Path, ports: Ports, verbose: bool) -> int:
             wait_until_answering(process, ports)
             if not process.stopping:
                 process.ready()
-                host = f"[{ports.host}]" if ":" in ports.host else ports.host
+                host = tritonserver.bracketed(ports.host)
                 print(f"gRPC     {host}:{ports.grpc}")
                 print(f"HTTP     http://{host}:{ports.http}")
                 print(f"metrics  http://{host}:{ports.metrics}/metrics")
@@ -68,7 +68,7 @@ def wait_until_answering(process: TritonProcess, ports: Ports) -> None:
     """
     deadline = time.monotonic() + START_SECONDS
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.host, ports.host)
-    target = f"[{host}]:{ports.grpc}" if ":" in host else f"{host}:{ports.grpc}"
+    target = f"{tritonserver.bracketed(host)}:{ports.grpc}"
     # A proxy from the environment must not come between two processes of one machine.
     with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
