@@ -32,18 +32,21 @@ def main() -> None:
     try:
         check_repository(args.model_repository)
         ports = reserve_ports(args)
-        sys.exit(serve(args.model_repository, ports, args.verbose))
+        age = args.grpc_max_connection_age
+        sys.exit(serve(args.model_repository, ports, age, args.verbose))
     except ServerError as e:
         sys.exit(f"vit-server: {e}")
 
 
-def serve(repository: Path, ports: Ports, verbose: bool) -> int:
+def serve(repository: Path, ports: Ports, connection_age: int, verbose: bool) -> int:
     """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
     installation = tritonserver.find()
     shm_prefix = f"vit_server_{os.getpid()}_"
     with tritonserver.workspace() as folder:
         tritonserver.prepare(installation, repository.resolve(), folder)
-        command = tritonserver.command(installation, folder, ports, shm_prefix, verbose)
+        command = tritonserver.command(
+            installation, folder, ports, connection_age, shm_prefix, verbose
+        )
         env = tritonserver.environment(installation)
         process = TritonProcess(command, env, shm_prefix, verbose)
         try:
@@ -162,6 +165,13 @@ def _port(text: str) -> int:
     return number
 
 
+def _seconds(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= 86400:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of seconds, 1 to 86400")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-server",
@@ -195,5 +205,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls over HTTP")
     add("--metrics-port", type=_port, default=8002, metavar="PORT", help="for Prometheus")
+    add(
+        "--grpc-max-connection-age",
+        type=_seconds,
+        default=300,
+        metavar="SECONDS",
+        help="then a client is asked to connect anew, which costs it no request. It looks its name "
+        "up again, and so finds servers that were added",
+    )
     add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
     return parser

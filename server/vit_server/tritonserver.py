@@ -105,7 +105,12 @@ def prepare(installation: Installation, repository: Path, folder: Path) -> None:
 
 
 def command(
-    installation: Installation, folder: Path, ports: Ports, shm_prefix: str, verbose: bool
+    installation: Installation,
+    folder: Path,
+    ports: Ports,
+    connection_age: int,
+    shm_prefix: str,
+    verbose: bool,
 ) -> list[str]:
     """tritonserver's arguments, for a folder that `prepare` has laid out."""
     # Nobody needs these calls here, and Triton has no switch to turn them off: a key that nobody
@@ -117,6 +122,7 @@ def command(
         f"--backend-directory={folder / 'backends'}",
         f"--grpc-address={bracketed(ports.host)}",
         f"--grpc-port={ports.grpc}",
+        f"--grpc-max-connection-age={connection_age * 1000}",
         f"--http-address={ports.host}",
         f"--http-port={ports.http}",
         f"--metrics-address={ports.host}",
