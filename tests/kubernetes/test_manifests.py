@@ -1,0 +1,239 @@
+"""The manifests in docker/kubernetes: built, valid, and what they promise about each other."""
+
+import copy
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from conftest import BIN, GOLDENS
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from . import rendered
+from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
+
+FOLDERS = ("overlays/gpu", "overlays/cpu", "overlays/example", "kserve", "load")
+COMPOSED = (
+    ("gpu", "monitoring", "autoscaling"),
+    ("gpu", "monitoring", "keda"),
+    ("gpu", "tls"),
+    ("cpu", "monitoring", "autoscaling"),
+    ("cpu", "monitoring", "keda"),
+    ("cpu", "baked"),
+)
+# Made by hand, see docker/README.md.
+SECRETS = {"vit-admin-key", "vit-tls"}
+MIB = 2**20
+
+
+@pytest.fixture(scope="module", params=[*FOLDERS, *COMPOSED], ids=str)
+def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if isinstance(request.param, str):
+        return rendered.kustomize(FOLDER / request.param)
+    return rendered.composed(tmp_path_factory.mktemp("overlay"), *request.param)
+
+
+@pytest.fixture(params=["overlays/gpu", "overlays/cpu", "overlays/example", "kserve"])
+def deployed(request: pytest.FixtureRequest) -> list[Object]:
+    return rendered.kustomize(FOLDER / request.param)
+
+
+def test_every_folder_is_tested() -> None:
+    found = {str(f.parent.relative_to(FOLDER)) for f in FOLDER.rglob("kustomization.yaml")}
+    used = {f"components/{name}" for _, *names in COMPOSED for name in names}
+    assert found == {*FOLDERS, *used, "base"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_object_is_valid(objects: list[Object], version: str) -> None:
+    for thing in objects:
+        rendered.validate(thing, version)
+
+
+def test_validation_is_strict() -> None:
+    """Of built-in and of custom objects: the test above can fail."""
+    example = rendered.kustomize(FOLDER / "overlays/example")
+    kserve = rendered.kustomize(FOLDER / "kserve")
+    for objects, kind, name, path in (
+        (example, "Deployment", "vit", ("spec", "template", "spec")),
+        (example, "ServiceMonitor", "vit", ("spec", "endpoints", 0)),
+        (example, "PrometheusRule", "vit", ("spec", "groups", 0, "rules", 0)),
+        (kserve, "ServingRuntime", "vit-triton", ("spec", "containers", 0)),
+        (kserve, "InferenceService", "vit", ("spec", "predictor", "model")),
+    ):
+        broken = copy.deepcopy(find(objects, kind, name))
+        place: Any = broken
+        for step in path:
+            place = place[step]
+        place["noSuchField"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="noSuchField"):
+            rendered.validate(broken)
+
+
+def test_pods_have_no_rights(objects: list[Object]) -> None:
+    for name, pod in rendered.pods(objects):
+        assert pod["automountServiceAccountToken"] is False, name
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert (context["runAsUser"], context["runAsGroup"]) == (1000, 1000), name
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        for container in rendered.containers(pod):
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }, name
+            assert "memory" in container["resources"]["limits"], name
+
+
+def test_what_is_mounted_and_named_exists(objects: list[Object]) -> None:
+    for name, pod in rendered.pods(objects):
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {m["name"] for c in rendered.containers(pod) for m in c["volumeMounts"]}
+        assert mounts == set(volumes), name
+        wanted = {v["secret"]["secretName"] for v in volumes.values() if "secret" in v}
+        for container in rendered.containers(pod):
+            sources = [e.get("valueFrom", {}) for e in container.get("env", [])]
+            wanted |= {s["secretKeyRef"]["name"] for s in sources if "secretKeyRef" in s}
+        assert wanted <= SECRETS, name
+
+
+def test_images_are_placeholders_or_public(objects: list[Object]) -> None:
+    for name, pod in rendered.pods(objects):
+        for container in rendered.containers(pod):
+            assert container["image"].startswith(
+                ("registry.example.com/", "nvcr.io/nvidia/tritonserver:26.09-")
+            ), name
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "cpu", "example"])
+def test_selectors_find_the_pods(overlay: str) -> None:
+    objects = rendered.kustomize(FOLDER / "overlays" / overlay)
+    kinds = {"Service", "PodDisruptionBudget", "NetworkPolicy"}
+    selecting = [o["spec"] for o in objects if o["kind"] in kinds]
+    assert len(selecting) == 4
+    deployment = find(objects, "Deployment")["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    ports = {p["name"] for p in deployment["template"]["spec"]["containers"][0]["ports"]}
+    spread = deployment["template"]["spec"]["topologySpreadConstraints"]
+    selectors = [c["labelSelector"] for c in spread]
+    selectors += [deployment["selector"]]
+    selectors += [s.get("podSelector") or s["selector"] for s in selecting]
+    for selector in selectors:
+        assert selector.get("matchLabels", selector).items() <= labels.items()
+    targets = {p["targetPort"] for s in selecting for p in s.get("ports", [])}
+    assert targets <= ports
+
+
+def test_no_replica_is_missed(deployed: list[Object]) -> None:
+    """A rollout or a drained node never takes a pod away before another is there."""
+    if any(o["kind"] == "InferenceService" for o in deployed):
+        strategy = find(deployed, "InferenceService")["spec"]["predictor"]["deploymentStrategy"]
+    else:
+        strategy = find(deployed, "Deployment")["spec"]["strategy"]
+        assert find(deployed, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    assert strategy["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_shutdown_fits_into_the_grace_period(deployed: list[Object]) -> None:
+    pod, container = rendered.server(deployed)
+    given = [a for a in container["args"] if a.startswith("--exit-timeout-secs=")]
+    exit_timeout = int(given[0].partition("=")[2]) if given else 30  # tritonserver's default
+    asleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert asleep >= 10
+    assert asleep + exit_timeout + 5 <= pod["terminationGracePeriodSeconds"]
+
+
+def test_probes(deployed: list[Object]) -> None:
+    _, container = rendered.server(deployed)
+    ports = {p["name"]: p["containerPort"] for p in container["ports"]}
+    for probe, path in (("startupProbe", "ready"), ("livenessProbe", "live")):
+        request = container[probe]["httpGet"]
+        assert request["path"] == f"/v2/health/{path}"
+        assert ports.get(request["port"], request["port"]) == 8000
+    readiness = container["readinessProbe"]
+    assert readiness["exec"]["command"] == ["python3", "/opt/vit/health.py"]
+    assert readiness["timeoutSeconds"] > 20  # health.py waits 10 s for each of two answers
+
+
+def test_threads_come_from_the_cpu_limit(deployed: list[Object]) -> None:
+    _, container = rendered.server(deployed)
+    (threads,) = (e for e in container["env"] if e["name"] == "OMP_NUM_THREADS")
+    assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
+    resources = container["resources"]
+    assert resources["limits"]["cpu"] == resources["requests"]["cpu"]
+    assert quantity(resources["limits"]["cpu"]).is_integer()
+
+
+def test_memory_adds_up(deployed: list[Object], tmp_path: Path) -> None:
+    """/dev/shm holds a full batch with a large photo in it, and the limit holds all of it."""
+    pod, container = rendered.server(deployed)
+    on_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+    configs = _configs(tmp_path / "models", "cuda" if on_gpu else "cpu")
+    embedded = ("python", "pytorch")  # the embedded server's pytorch is a Python backend too
+    regions = [c for c in configs if c.backend in (("python",) if on_gpu else embedded)]
+    batch = max(c.max_batch_size for c in configs)
+    photos = (batch - 1) * 0.1e6 + 10e6  # one of 10 MB among the usual ones
+    answers = batch * (256 * 256 * 3 + 4 * (19167 + 512 * 257))  # pixels in, all outputs back
+    (shm,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm")
+    size = quantity(shm["sizeLimit"])
+    assert shm["medium"] == "Memory"
+    assert size >= len(regions) * 64 * MIB + photos + answers
+    # Each core decodes one photo of max_image_pixels at a time: as decoded, and as RGB.
+    decoding = quantity(container["resources"]["limits"]["cpu"]) * 50e6 * 7
+    measured = 0.7 * 2**30  # the embedded server after a load of all tasks, /dev/shm not counted
+    limit = quantity(container["resources"]["limits"]["memory"])
+    assert limit >= size + decoding + measured
+
+
+def _configs(folder: Path, device: str) -> list[ModelConfig]:
+    """The configurations that the builder of an overlay would write."""
+    command = [BIN / "vit-builder", "--checkpoint", GOLDENS / "tiny.pt", "--output", folder]
+    done = subprocess.run([*command, "--device", device], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = folder.glob("*/config.pbtxt")
+    return [text_format.Parse(file.read_text(), ModelConfig()) for file in files]
+
+
+def test_rules_are_those_of_docker_monitoring() -> None:
+    """Kustomize reads no file outside of its folder, so there are two copies."""
+    alerts = (ROOT / "docker/monitoring/alerts.yaml").read_text()
+    rule = (FOLDER / "components/monitoring/prometheus-rule.yaml").read_text()
+    groups = alerts[alerts.index("groups:") :].splitlines()
+    indented = "\n".join(f"  {line}" if line else "" for line in groups)
+    assert rule.partition("spec:\n")[2].rstrip() == indented, "copy the groups of alerts.yaml"
+
+
+def test_autoscaling_asks_for_what_is_recorded(tmp_path: Path) -> None:
+    recorded = {
+        rule["record"]
+        for group in yaml.safe_load((ROOT / "docker/monitoring/alerts.yaml").read_text())["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+    values = FOLDER / "components/autoscaling/prometheus-adapter.yaml"
+    rules = yaml.safe_load(values.read_text())["rules"]["custom"]
+    assert {rule["seriesQuery"].partition("{")[0] for rule in rules} <= recorded
+    hpa = find(rendered.kustomize(FOLDER / "overlays/example"), "HorizontalPodAutoscaler")
+    asked = {metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
+    assert asked == {rule["name"]["as"] for rule in rules}
+
+    keda = find(rendered.composed(tmp_path, "gpu", "monitoring", "keda"), "ScaledObject")
+    queries = [trigger["metadata"]["query"] for trigger in keda["spec"]["triggers"]]
+    assert {query.partition("(")[2].partition("{")[0] for query in queries} <= recorded
+
+
+@pytest.mark.parametrize("scaler", ["autoscaling", "keda"])
+def test_an_autoscaler_has_the_number_of_replicas_to_itself(scaler: str, tmp_path: Path) -> None:
+    objects = rendered.composed(tmp_path, "gpu", scaler)
+    assert "replicas" not in find(objects, "Deployment")["spec"]
+
+
+def test_tls_leaves_no_way_around_it(tmp_path: Path) -> None:
+    objects = rendered.composed(tmp_path, "gpu", "tls")
+    assert {p["name"] for p in find(objects, "Service")["spec"]["ports"]} == {"grpc", "metrics"}
+    clients, _ = find(objects, "NetworkPolicy")["spec"]["ingress"]
+    assert clients["ports"] == [{"port": "grpc"}]
