@@ -1,0 +1,169 @@
+"""Every expression against a real Prometheus that scrapes the real server under load."""
+
+import json
+import re
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PHOTOS, Server
+from container import container, copy, health, post
+from prometheus import MONITORING, Prometheus, program, prometheus
+
+PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
+ENSEMBLES = ("classify", "probabilities", "embed", "features")
+GROUPS = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+RULES = [rule for group in GROUPS for rule in group["rules"]]
+DASHBOARD = json.loads((MONITORING / "grafana" / "vit.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("prometheus"))
+
+
+@contextmanager
+def load(url: str, threads: int) -> Iterator[list[tuple[int, float]]]:
+    """All four questions without a pause; status and seconds of each answer."""
+    stop = threading.Event()
+    answers: list[tuple[int, float]] = []
+
+    def ask(model: str) -> None:
+        while not stop.is_set():
+            start = time.monotonic()
+            code = post(f"{url}/v2/models/{model}/infer", PHOTO)
+            answers.append((code, time.monotonic() - start))
+
+    askers = [threading.Thread(target=ask, args=(ENSEMBLES[i % 4],)) for i in range(threads)]
+    for asker in askers:
+        asker.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "config", MONITORING / "prometheus.yml"),
+        ("check", "rules", MONITORING / "alerts.yaml"),
+        ("test", "rules", Path(__file__).parent / "alerts_test.yaml"),
+    ],
+    ids=["config", "rules", "unit tests"],
+)
+def test_promtool(arguments: tuple[str | Path, ...], cache: Path) -> None:
+    subprocess.run([program("promtool", cache), *arguments], check=True)
+
+
+def test_every_alert_has_a_unit_test_and_a_place_in_the_runbook() -> None:
+    tested = (Path(__file__).parent / "alerts_test.yaml").read_text()
+    runbook = (MONITORING.parent / "README.md").read_text()
+    for rule in RULES:
+        if "alert" in rule:
+            assert re.search(rf"alertname: {rule['alert']}\n\s+exp_alerts:\n", tested)
+            assert f"`{rule['alert']}`" in runbook
+
+
+def dashboard_expressions() -> list[str]:
+    """Those that a server without a GPU has an answer to."""
+    found = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    return [
+        expression.replace("$__rate_interval", "1m").replace("$instance", ".*")
+        for expression in found
+        if "nv_gpu_" not in expression
+    ]
+
+
+@pytest.fixture(scope="module")
+def watched(
+    tiny_server: Server, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    folder = tmp_path_factory.mktemp("prometheus")
+    with prometheus(tiny_server.metrics_url, cache, folder) as running:
+        running.wait('up{job="vit"}', lambda value: value == 1)
+        yield running
+
+
+def test_under_load(tiny_server: Server, watched: Prometheus) -> None:
+    total = f'sum(nv_inference_request_success{{model=~"{"|".join(ENSEMBLES)}"}})'
+    ((_, before),) = watched.wait(total)
+    with load(tiny_server.http_url, threads=16) as answers:
+        for rule in RULES:
+            if "record" in rule:
+                ((labels, _),) = watched.wait(rule["record"])
+                assert set(labels) == {"__name__", "instance", "job"}
+        for expression in dashboard_expressions():
+            watched.wait(expression)
+        watched.wait("instance:vit_pending:avg1m", lambda value: 0 < value < 16)
+        ((_, waited),) = watched.wait("instance:vit_queue_seconds:rate1m", lambda value: value > 0)
+        # Never the ensembles' own: they have no queue.
+        ensembles = f'model=~"{"|".join(ENSEMBLES)}"'
+        assert not watched.query(f"nv_inference_pending_request_count{{{ensembles}}} > 0")
+        of_all = 'rate(nv_inference_queue_duration_us{model=~"preprocess|vit|postprocess"}[1m])'
+        of_ensembles = f"rate(nv_inference_queue_duration_us{{{ensembles}}}[1m])"
+        watched.wait(f"sum({of_ensembles}) / sum({of_all})", lambda share: share < 0.05)
+        ((_, per_second),) = watched.wait("instance:vit_answered:rate1m", lambda value: value > 0)
+    assert {code for code, _ in answers} == {200}
+    slowest = max(seconds for _, seconds in answers)
+    assert waited < slowest
+    assert per_second < len(answers)
+    watched.wait(total, lambda value: value == before + len(answers))
+    assert watched.query("instance:vit_failed:rate1m")[0][1] == 0
+
+
+def test_bad_images_are_told_from_failures(tiny_server: Server, watched: Prometheus) -> None:
+    for _ in range(3):
+        assert post(f"{tiny_server.http_url}/v2/models/embed/infer", b"not an image") == 400
+    watched.wait("instance:vit_failed:rate1m", lambda value: value > 0)
+    watched.wait('ALERTS{alertname="VitBadImages", alertstate="pending"} or vector(0)')
+    failed = 'nv_inference_request_failure{model="%s", reason="%s"}'
+    ((_, of_ensemble),) = watched.query(failed % ("embed", "OTHER"))
+    assert of_ensemble % 2 == 0  # each counts twice
+    assert of_ensemble >= 6
+    for reason in ("OTHER", "BACKEND", "REJECTED", "CANCELED"):
+        ((_, of_model),) = watched.query(failed % ("preprocess", reason))
+        assert of_model == 0
+    assert watched.query("instance:vit_refused:rate1m")[0][1] < 0.05
+
+
+def test_a_full_queue_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -> None:
+    repository = copy(tiny_repository, tmp_path)
+    config = repository / "preprocess" / "config.pbtxt"
+    policy = "dynamic_batching { default_queue_policy { max_queue_size: 1 } }"
+    changed, count = re.subn(r"dynamic_batching \{\s*\}", policy, config.read_text())
+    assert count == 1
+    config.write_text(changed)
+    with (
+        container(repository) as server,
+        prometheus(server.metrics_url, cache, tmp_path) as watching,
+        load(server.http_url, threads=16) as answers,
+    ):
+        watching.wait("instance:vit_refused:rate1m", lambda value: value > 0)
+        watching.wait('ALERTS{alertname="VitRequestsRejected", alertstate="pending"}')
+        # Busy is not broken.
+        assert health(server.http_url) == (0, "")
+        # What one would ask for first, and why it is not asked for: Triton counts no full queue.
+        rejected = watching.query('sum(nv_inference_request_failure{reason="REJECTED"})')
+        assert rejected[0][1] == 0
+    assert {code for code, _ in answers} == {200, 503}
+
+
+@pytest.mark.parametrize("dead", ["preprocess", "postprocess"])
+def test_a_dead_model_is_seen(
+    tiny_repository: Path, cache: Path, tmp_path: Path, dead: str
+) -> None:
+    with container(tiny_repository) as server:
+        server.kill_stub(dead)
+        with prometheus(server.metrics_url, cache, tmp_path) as watching:
+            watching.wait('up{job="vit"}', lambda value: value == 1)
+            assert health(server.http_url)[0] == 1  # is what is counted
+            found = watching.wait('ALERTS{alertname="VitModelDead"}')
+            assert [labels["model"] for labels, _ in found] == [dead]
