@@ -1,5 +1,7 @@
 """vit-server as a process: how it starts, what it says when it cannot, what it leaves."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -116,12 +118,22 @@ def test_no_repository(tmp_path: Path) -> None:
     )
 
 
+def seal(repository: Path) -> None:
+    """Have the report say that model.pt and the labels, as they are, are what was built."""
+    report = json.loads((repository / "build_report.json").read_text())
+    for name in report["sha256"]:
+        report["sha256"][name] = hashlib.sha256((repository / name).read_bytes()).hexdigest()
+    (repository / "build_report.json").write_text(json.dumps(report))
+
+
 def spoil_model(repository: Path) -> None:
     (repository / "vit" / "1" / "model.pt").write_bytes(b"PK\x03\x04 cut short")
+    seal(repository)
 
 
 def spoil_labels(repository: Path) -> None:
     (repository / "postprocess" / "1" / "labels.txt").write_text("only one\n")
+    seal(repository)
 
 
 def spoil_config(repository: Path) -> None:

@@ -40,7 +40,7 @@ def build(
         say(
             f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …"
         )
-        file = folder / "vit" / "1" / "model.pt"
+        file = folder / repository.MODEL
         agreement = verify.compare(file, model, settings.top_k, settings.max_batch_size)
         print(verify.table(agreement, settings.precision), flush=True)
         verify.check(agreement, settings.precision)
@@ -48,6 +48,8 @@ def build(
             "model": model.name,
             "weights": "trained" if model.trained else "random",
             "weights_sha256": sha256,
+            # Of the files that only make sense together: vit-server compares.
+            "sha256": {name: hub.file_sha256(folder / name) for name in repository.BUILT},
             "network": asdict(model.config),
             **asdict(settings),
             "agreement": asdict(agreement),

@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 
 TEMPLATE = Path(__file__).parent / "model_repository"
 REPORT = "build_report.json"
+MODEL, LABELS = BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")
 
 
 class RepositoryError(Exception):
@@ -55,9 +56,9 @@ def fill(
     # Through memory: on a full disk torch's own writer aborts the process.
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
-    (folder / "vit" / "1" / "model.pt").write_bytes(buffer.getbuffer())
+    (folder / MODEL).write_bytes(buffer.getbuffer())
     labels = "".join(" ".join(label.split("\n")) + "\n" for label in checkpoint.labels)
-    (folder / "postprocess" / "1" / "labels.txt").write_text(labels, "utf-8", newline="\n")
+    (folder / LABELS).write_text(labels, "utf-8", newline="\n")
 
 
 def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, sha256: str) -> None:

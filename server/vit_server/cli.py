@@ -5,124 +5,84 @@ import contextlib
 import ipaddress
 import os
 import socket
-import struct
+import ssl
 import sys
-import time
 from pathlib import Path
 
-import grpc
-import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-from . import tritonserver
+from . import probe, repository, tritonserver
 from .process import TritonProcess
-from .tritonserver import Ports, ServerError
-
-# The ensembles cover all models; each output is a batch of numbers except the labels.
-ENSEMBLES = {"classify": "scores", "probabilities": "probabilities", "embed": "embedding"}
-ENSEMBLES["features"] = "neck"
-MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
-GRAY_PIXEL = b"P6 1 1 255\n\x80\x80\x80"  # a whole image, in PPM
-START_SECONDS = 600
+from .tritonserver import Ports, ServerError, Tls
 
 
 def main() -> None:
     """Entry point of the command."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if bool(args.tls_certificate) != bool(args.tls_key) or (
+        args.tls_client_ca and not args.tls_key
+    ):
+        parser.error("TLS needs both --tls-certificate and --tls-key")
     try:
-        check_repository(args.model_repository)
-        ports = reserve_ports(args)
-        age = args.grpc_max_connection_age
-        sys.exit(serve(args.model_repository, ports, age, args.verbose))
+        sys.exit(serve(args))
     except ServerError as e:
         sys.exit(f"vit-server: {e}")
 
 
-def serve(repository: Path, ports: Ports, connection_age: int, verbose: bool) -> int:
+def serve(args: argparse.Namespace) -> int:
     """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
+    repository.check(args.model_repository)
+    tls = _tls(args)
+    ports = reserve_ports(args)
     installation = tritonserver.find()
     shm_prefix = f"vit_server_{os.getpid()}_"
     with tritonserver.workspace() as folder:
-        tritonserver.prepare(installation, repository.resolve(), folder)
+        tritonserver.prepare(installation, folder)
+        models = folder / "models"
+        repository.snapshot(args.model_repository.resolve(), models)
+        age = args.grpc_max_connection_age
         command = tritonserver.command(
-            installation, folder, ports, connection_age, shm_prefix, verbose
+            installation, folder, ports, tls, age, shm_prefix, args.verbose
         )
         env = tritonserver.environment(installation)
-        process = TritonProcess(command, env, shm_prefix, verbose)
+        process = TritonProcess(command, env, shm_prefix, args.verbose)
         try:
             print("Starting tritonserver …", file=sys.stderr, flush=True)
-            wait_until_answering(process, ports)
-            if not process.stopping:
-                process.ready()
-                host = tritonserver.bracketed(ports.host)
-                print(f"gRPC     {host}:{ports.grpc}")
-                print(f"HTTP     http://{host}:{ports.http}")
-                print(f"metrics  http://{host}:{ports.metrics}/metrics")
-                print("Ready: every model has answered. Ctrl-C stops.", flush=True)
-            return process.wait()
+            probe.wait_until_answering(process, ports)
+            if process.stopping:
+                return process.stop()
+            process.ready()
+            _tell(ports, tls)
+            process.watch(models)
+            answered = not process.stopping or probe.drain(process, ports, models)
+            return process.stop() or int(not answered)
         finally:
             process.close()
 
 
-def wait_until_answering(process: TritonProcess, ports: Ports) -> None:
-    """Return when every model has answered a real request, or the process was told to stop.
-
-    READY alone proves little: a model can be ready and fail on every request.
-    """
-    deadline = time.monotonic() + START_SECONDS
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.host, ports.host)
-    target = f"{tritonserver.bracketed(host)}:{ports.grpc}"
-    # A proxy from the environment must not come between two processes of one machine.
-    with grpc.insecure_channel(target, [("grpc.enable_http_proxy", 0)]) as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        while not _is_ready(stub):
-            if process.exited():
-                if process.stopping:
-                    return
-                raise process.failure()
-            if time.monotonic() > deadline:
-                raise ServerError(f"tritonserver was not ready after {START_SECONDS} s")
-            time.sleep(0.1)
-        for ensemble, output in ENSEMBLES.items():
-            if process.stopping:
-                return
-            _probe(stub, ensemble, output)
+def _tell(ports: Ports, tls: Tls | None) -> None:
+    host, http_host = map(tritonserver.bracketed, (ports.host, ports.http_host))
+    print(f"gRPC     {'grpcs://' if tls else ''}{host}:{ports.grpc}")
+    print(f"HTTP     http://{http_host}:{ports.http}")
+    print(f"metrics  http://{host}:{ports.metrics}/metrics")
+    print("Ready: every model has answered. Ctrl-C stops.", flush=True)
 
 
-def _is_ready(stub: service_pb2_grpc.GRPCInferenceServiceStub) -> bool:
+def _tls(args: argparse.Namespace) -> Tls | None:
+    """The files for TLS, seen to be good: Triton would start, and refuse every client."""
+    if not args.tls_certificate:
+        return None
+    tls = Tls(args.tls_certificate, args.tls_key, args.tls_client_ca)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=1).ready)
-    except grpc.RpcError:
-        return False
-
-
-def _probe(stub: service_pb2_grpc.GRPCInferenceServiceStub, ensemble: str, output: str) -> None:
-    request = service_pb2.ModelInferRequest(
-        model_name=ensemble,
-        inputs=[{"name": "image", "datatype": "BYTES", "shape": [1, 1]}],
-        outputs=[{"name": output}],
-        raw_input_contents=[struct.pack("<I", len(GRAY_PIXEL)) + GRAY_PIXEL],
-    )
+        # With an empty password: it must not ask for one.
+        context.load_cert_chain(tls.certificate, tls.key, password="")
+    except (OSError, ValueError) as e:
+        raise ServerError(f"--tls-certificate {tls.certificate}, --tls-key {tls.key}: {e}") from e
     try:
-        response = stub.ModelInfer(request, timeout=120)
-    except grpc.RpcError as e:
-        raise ServerError(f"{ensemble} is loaded but does not answer: {e.details()}") from e
-    if not np.isfinite(np.frombuffer(response.raw_output_contents[0], np.float32)).all():
-        raise ServerError(f"{ensemble} answers with numbers that are not finite")
-
-
-def check_repository(repository: Path) -> None:
-    """Raise ServerError unless `repository` has all our models and the builder's files."""
-    built = ("vit/1/model.pt", "postprocess/1/labels.txt")
-    wanted = (*built, *(f"{model}/config.pbtxt" for model in MODELS))
-    if not repository.is_dir():
-        raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
-    missing = [name for name in wanted if not (repository / name).is_file()]
-    # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
-    missing += [f"{model}/1" for model in MODELS if not (repository / model / "1").is_dir()]
-    if missing:
-        hint = "; vit-builder fills it in" if missing[0] in built else ""
-        raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}{hint}")
+        context.load_verify_locations(tls.client_ca) if tls.client_ca else None
+    except (OSError, ValueError) as e:
+        raise ServerError(f"--tls-client-ca {tls.client_ca}: {e}") from e
+    return tls
 
 
 def reserve_ports(args: argparse.Namespace) -> Ports:
@@ -132,21 +92,25 @@ def reserve_ports(args: argparse.Namespace) -> Ports:
         ServerError: a port is taken, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    loopback = "::1" if ":" in args.host else "127.0.0.1"
+    # Triton has TLS for gRPC only: what must be encrypted must not leave this machine by HTTP.
+    http_host = loopback if args.tls_certificate else args.host
+    hosts = {"grpc": args.host, "http": http_host, "metrics": args.host}
     numbers = []
     with contextlib.ExitStack() as held:  # held together, so that two cannot be the same
-        for name in ("grpc", "http", "metrics"):
+        for name, host in hosts.items():
             wanted = getattr(args, f"{name}_port")
-            probe = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((args.host, wanted))
+                trial.bind((host, wanted))
             except OSError as e:
-                reason = f"cannot listen on {args.host} port {wanted}: {e.strerror}"
+                reason = f"cannot listen on {host} port {wanted}: {e.strerror}"
                 raise ServerError(f"{reason}; choose with --host and --{name}-port") from e
-            numbers.append(probe.getsockname()[1])
+            numbers.append(trial.getsockname()[1])
     if len(set(numbers)) < len(numbers):
         raise ServerError("--grpc-port, --http-port and --metrics-port must differ")
-    return Ports(args.host, *numbers)
+    return Ports(args.host, http_host, *numbers)
 
 
 def _address(text: str) -> str:
@@ -194,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_address,
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on. There is no encryption and no login: keep it on loopback",
+        help="address to listen on. Without TLS there is no encryption and no login: keep it on "
+        "loopback",
     )
     add(
         "--grpc-port",
@@ -212,6 +177,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="then a client is asked to connect anew, which costs it no request. It looks its name "
         "up again, and so finds servers that were added",
+    )
+    tls = parser.add_argument_group("TLS for gRPC (HTTP has none, and then stays on loopback)")
+    tls.add_argument("--tls-certificate", type=Path, metavar="FILE", help="the server's, as PEM")
+    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, as PEM")
+    tls.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="mutual TLS: clients must have a certificate that one of these has signed",
     )
     add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
     return parser

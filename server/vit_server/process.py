@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,13 +18,13 @@ from .tritonserver import ServerError
 # prctl(2)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
+EXIT_SECONDS = 10
 
 
 _LOAD_FAILURE = re.compile(
     r"(?:failed to load(?: model)?|Poll failed for model directory) '([^']+)'"
     r"(?: version \d+)?: (.*)"
 )
-
 
 # Errors that say nothing: that there is no GPU, and that it ended.
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
@@ -32,16 +33,16 @@ _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 class TritonProcess:
     """A running tritonserver.
 
-    Signals go to this process, which passes them on: tritonserver is in a session of its own, so
-    that Ctrl-C in a terminal does not also reach its stubs. Should this process be killed, the
-    kernel ends tritonserver, and its stubs end when they see that.
+    Signals go to this process: tritonserver is in a session of its own, so that Ctrl-C in a
+    terminal reaches neither it nor its stubs. Should this process be killed, the kernel ends
+    tritonserver, and its stubs end when they see that.
     """
 
     def __init__(
         self, command: list[str], env: dict[str, str], shm_prefix: str, verbose: bool
     ) -> None:
         self.shm_prefix = shm_prefix
-        self.stopping = False
+        self.signals: list[float] = []  # when it was told to stop
         self._log: deque[str] = deque(maxlen=1000)
         self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
         self._stubs: dict[int, str] = {}
@@ -54,14 +55,24 @@ class TritonProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_before_exec,
             text=True,
             errors="replace",
         )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._forward)
+            signal.signal(number, self._on_signal)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return bool(self.signals)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether it was told to stop at once: again, and not in the same moment."""
+        return bool(self.signals) and self.signals[-1] - self.signals[0] > 1
 
     def exited(self) -> bool:
         return self._child.poll() is not None
@@ -80,47 +91,52 @@ class TritonProcess:
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
         errors = [line for line in log if re.match(r"E\d{4} ", line) and not _NOISE.search(line)]
         reason = _clean((errors or log or ["it said nothing"])[-1])
-        return ServerError(f"tritonserver ended with exit code {self._code()}: {reason}")
+        return ServerError(f"tritonserver ended with exit code {self.stop()}: {reason}")
 
-    def wait(self) -> int:
-        """Wait for its end; its exit code as a shell counts it (128 + signal).
+    def watch(self, models: Path) -> None:
+        """Return when it was told to stop, or has ended.
 
         Raises:
             ServerError: the process of a model has ended. Triton never starts it again, stays
-                "ready" and fails every request, so that is the end of the server too.
+                "ready" and fails every request, so that is the end of the server too. Or the
+                folder `models` is gone, and Triton has unloaded all of them.
         """
-        # Not in one waitpid(2): the kernel may give a signal to another thread (gRPC has some),
-        # and Python runs the handler only when this one comes back.
-        while not self.exited():
+        # Not in one waitpid(2): the kernel may give a signal to another thread, and Python runs
+        # the handler only when this one comes back.
+        while not self.stopping and not self.exited():
             time.sleep(0.1)
-            for pid, model in self._stubs.items():
-                if not self.stopping and not _alive(pid) and not self.exited():
-                    self._child.kill()  # told to stop, it would wait for the model for 30 s
-                    raise ServerError(f"the process of the model '{model}' has ended (pid {pid})")
-        return self._code()
+            dead = [pid for pid in self._stubs if not _alive(pid)]
+            if dead and not self.stopping and not self.exited():
+                model = self._stubs[dead[0]]
+                raise ServerError(f"the process of the model '{model}' has ended (pid {dead[0]})")
+            if not models.is_dir():
+                raise ServerError(f"the server's own folder was removed: {models}")
+
+    def stop(self) -> int:
+        """End it; the exit code as a shell counts it (128 + signal), 0 where it was asked for."""
+        if not self.exited():
+            self._child.terminate()
+            deadline = time.monotonic() + EXIT_SECONDS
+            while not self.exited() and not self.hurried and time.monotonic() < deadline:
+                time.sleep(0.05)
+            if self.exited():
+                return 0
+            # An idle HTTP connection keeps it: Triton waits for the client to go.
+            self._child.kill()
+            return 130 if self.hurried else 0
+        code = self._child.wait()
+        return code if code >= 0 else 128 - code
 
     def close(self) -> None:
         """End it if it still runs, then everything it left behind."""
-        if not self.exited():
-            self._child.terminate()
-            try:
-                self._child.wait(timeout=40)
-            except subprocess.TimeoutExpired:
-                self._child.kill()
-                self._child.wait()
+        self._child.kill()
+        self._child.wait()
         self._end_orphans()
         for segment in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
             segment.unlink(missing_ok=True)
 
-    def _code(self) -> int:
-        code = self._child.wait()
-        return code if code >= 0 else 128 - code
-
-    def _forward(self, number: int, _frame: FrameType | None) -> None:
-        self.stopping = True
-        if self._child.poll() is None:
-            # Triton does not know SIGHUP, which is what a closed terminal sends.
-            self._child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.signals.append(time.monotonic())
 
     def _read_log(self) -> None:
         assert self._child.stdout is not None
@@ -163,6 +179,9 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def _die_with_parent() -> None:
-    """In the child, before exec: the kernel sends SIGTERM when the parent ends, however it ends."""
+def _before_exec() -> None:
+    """In the child. The kernel sends SIGTERM when the parent ends, however it ends."""
     _libc.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    # Each connection takes a file; without any left Triton would also lose sight of its models.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,6 +1,7 @@
 """Where tritonserver is, and the command line and environment it is started with."""
 
 import ctypes
+import fcntl
 import math
 import os
 import re
@@ -26,12 +27,22 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the server listens; host is an address, not a name."""
+    """Where the server listens; hosts are addresses, not names."""
 
     host: str
+    http_host: str
     grpc: int
     http: int
     metrics: int
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files for gRPC."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None  # clients must have a certificate that it signed
 
 
 @dataclass(frozen=True)
@@ -86,33 +97,37 @@ def workspace() -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     prefix = f"{_WORKSPACE}{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=temporary) as folder:
-        yield Path(folder)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            # What clears old files from /tmp (systemd-tmpfiles) passes by a locked folder.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield Path(folder)
+        finally:
+            os.close(lock)
 
 
-def prepare(installation: Installation, repository: Path, folder: Path) -> None:
-    """Lay out what tritonserver reads: `backends` (python and pytorch) and `models`.
+def prepare(installation: Installation, folder: Path) -> None:
+    """Lay out the `backends` that tritonserver reads: python and pytorch.
 
-    The backends are copies (4 MB): Triton refuses one whose library is a link out of its folder,
-    and looks for the stub beside the library, where the wheel does not have it. The repository is a
-    link, because Triton hands its path to a shell, unquoted, and to Python, as ASCII: in a folder
-    with a space in its name no model would start.
+    They are copies (4 MB): Triton refuses one whose library is a link out of its folder, and looks
+    for the stub beside the library, where the wheel does not have it.
     """
     python = folder / "backends" / "python"
     shutil.copytree(installation.python_backend, python)
     shutil.copy(installation.stub, python)
     shutil.copytree(OUR_BACKENDS / "pytorch", folder / "backends" / "pytorch")
-    (folder / "models").symlink_to(repository)
 
 
 def command(
     installation: Installation,
     folder: Path,
     ports: Ports,
+    tls: Tls | None,
     connection_age: int,
     shm_prefix: str,
     verbose: bool,
 ) -> list[str]:
-    """tritonserver's arguments, for a folder that `prepare` has laid out."""
+    """tritonserver's arguments, for a folder with `backends` and `models`."""
     # Nobody needs these calls here, and Triton has no switch to turn them off: a key that nobody
     # knows does it. Shared memory would let a client name a file of /dev/shm to read or write.
     key = f"closed={secrets.token_hex(16)}"
@@ -123,11 +138,14 @@ def command(
         f"--grpc-address={bracketed(ports.host)}",
         f"--grpc-port={ports.grpc}",
         f"--grpc-max-connection-age={connection_age * 1000}",
-        f"--http-address={ports.host}",
+        *_tls_options(tls),
+        f"--http-address={ports.http_host}",
         f"--http-port={ports.http}",
         f"--metrics-address={ports.host}",
         f"--metrics-port={ports.metrics}",
-        "--model-control-mode=none",
+        # Lets vit-server unload models, by their folders, and nobody else.
+        "--model-control-mode=poll",
+        "--repository-poll-secs=1",
         f"--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:{key}",
         f"--http-restricted-api=shared-memory,model-repository,trace,logging:{key}",
         # Tensors between server and stubs. The default of 1 MB grows in steps under load.
@@ -137,6 +155,19 @@ def command(
         f"--log-info={str(verbose).lower()}",
         f"--log-warning={str(verbose).lower()}",  # else a page about the GPU that is not there
     ]
+
+
+def _tls_options(tls: Tls | None) -> list[str]:
+    if tls is None:
+        return []
+    options = [
+        "--grpc-use-ssl=true",
+        f"--grpc-server-cert={tls.certificate}",
+        f"--grpc-server-key={tls.key}",
+    ]
+    if tls.client_ca:
+        options += ["--grpc-use-ssl-mutual=true", f"--grpc-root-cert={tls.client_ca}"]
+    return options
 
 
 def environment(installation: Installation) -> dict[str, str]:

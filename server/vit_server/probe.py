@@ -1,0 +1,103 @@
+"""Questions to the running tritonserver: does every model answer, is it still at work.
+
+Over HTTP, which has no TLS in Triton and so needs no certificate of a client.
+"""
+
+import json
+import struct
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+from .process import TritonProcess
+from .tritonserver import Ports, ServerError, bracketed
+
+# The ensembles cover all models; each output is a batch of numbers except the labels.
+ENSEMBLES = {"classify": "scores", "probabilities": "probabilities", "embed": "embedding"}
+ENSEMBLES["features"] = "neck"
+GRAY_PIXEL = b"P6 1 1 255\n\x80\x80\x80"  # a whole image, in PPM
+START_SECONDS = 600
+DRAIN_SECONDS = 30
+
+# A proxy from the environment must not come between two processes of one machine.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def wait_until_answering(process: TritonProcess, ports: Ports) -> None:
+    """Return when every model has answered a real request, or the process was told to stop.
+
+    READY alone proves little: a model can be ready and fail on every request.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while not process.stopping and _status(ports, "health/ready") != 200:
+        if process.exited():
+            raise process.failure()
+        if time.monotonic() > deadline:
+            raise ServerError(f"tritonserver was not ready after {START_SECONDS} s")
+        time.sleep(0.1)
+    for ensemble, output in ENSEMBLES.items():
+        if process.stopping:
+            return
+        _infer(ports, ensemble, output)
+
+
+def drain(process: TritonProcess, ports: Ports, models: Path) -> bool:
+    """Have every request answered that is there, and new ones refused. Whether that was done.
+
+    On a signal Triton 2.51 stops all models at once, and an image on its way from one to the next
+    is lost. But a model that goes from the repository is unloaded in its own time: it takes no
+    more requests, and those it has are answered.
+    """
+    for ensemble in ENSEMBLES:
+        (models / ensemble).rename(models.with_name(f"drained-{ensemble}"))
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while time.monotonic() < deadline and not process.exited() and not process.hurried:
+        # Triton looks once a second, and is not ready itself until what it unloads is gone.
+        closed = all(_status(ports, f"models/{name}/ready") == 400 for name in ENSEMBLES)
+        if closed and _status(ports, "health/ready") == 200:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _url(ports: Ports, path: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.http_host, ports.http_host)
+    return f"http://{bracketed(host)}:{ports.http}/v2/{path}"
+
+
+def _status(ports: Ports, path: str) -> int:
+    """Of HTTP; 0 where nobody answers."""
+    try:
+        with _opener.open(_url(ports, path), timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as e:
+        return e.code
+    except OSError:
+        return 0
+
+
+def _infer(ports: Ports, ensemble: str, output: str) -> None:
+    row = struct.pack("<I", len(GRAY_PIXEL)) + GRAY_PIXEL
+    size = {"binary_data_size": len(row)}
+    image = {"name": "image", "datatype": "BYTES", "shape": [1, 1], "parameters": size}
+    wanted = {"name": output, "parameters": {"binary_data": True}}
+    header = json.dumps({"inputs": [image], "outputs": [wanted]}).encode()
+    request = urllib.request.Request(
+        _url(ports, f"models/{ensemble}/infer"),
+        header + row,
+        {"Inference-Header-Content-Length": str(len(header))},
+    )
+    try:
+        with _opener.open(request, timeout=120) as response:
+            start = int(response.headers["Inference-Header-Content-Length"])
+            numbers = np.frombuffer(response.read()[start:], np.float32)
+    except urllib.error.HTTPError as e:
+        reason = json.loads(e.read())["error"]
+        raise ServerError(f"{ensemble} is loaded but does not answer: {reason}") from e
+    except OSError as e:
+        raise ServerError(f"{ensemble} is loaded but does not answer: {e}") from e
+    if not np.isfinite(numbers).all():
+        raise ServerError(f"{ensemble} answers with numbers that are not finite")

@@ -1,0 +1,83 @@
+"""The model repository on disk: is it whole, and a private copy of it for tritonserver."""
+
+import compileall
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from .probe import ENSEMBLES
+from .tritonserver import ServerError
+
+MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
+REPORT = "build_report.json"
+BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")  # with their digests in the report
+
+
+def check(repository: Path) -> None:
+    """Raise ServerError unless `repository` has all our models and the builder's files."""
+    if not repository.is_dir():
+        raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
+    wanted = (*BUILT, REPORT, *(f"{model}/config.pbtxt" for model in MODELS))
+    missing = [name for name in wanted if not (repository / name).is_file()]
+    # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
+    missing += [f"{model}/1" for model in MODELS if not (repository / model / "1").is_dir()]
+    if missing:
+        hint = "; vit-builder fills it in" if missing[0] in (*BUILT, REPORT) else ""
+        raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}{hint}")
+
+
+def snapshot(repository: Path, to: Path) -> None:
+    """Copy the repository, so that what is served stays what it was when it was started.
+
+    vit-builder may replace it at any moment, and half of an old one with half of a new one would
+    answer with wrong labels.
+
+    Raises:
+        ServerError: it cannot be copied, or weights and labels are not from one build.
+    """
+    while not _copied_in_one_piece(repository, to):
+        shutil.rmtree(to)
+    _check_digests(repository, to)
+    # Python would do it when the models start, and Triton would take that for an update.
+    compileall.compile_dir(to, quiet=2)
+
+
+def _copied_in_one_piece(repository: Path, to: Path) -> bool:
+    """False where another repository took its place meanwhile."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    try:
+        before = repository.stat().st_ino
+        try:
+            shutil.copytree(repository, to, ignore=ignore)
+        except OSError:  # a file that went away with the old repository
+            if repository.stat().st_ino == before:
+                raise
+        return repository.stat().st_ino == before
+    except OSError as e:
+        reason = e.args[0][0][2] if isinstance(e, shutil.Error) else e.strerror
+        raise ServerError(f"{repository} cannot be copied to {to.parent}: {reason}") from e
+
+
+def _check_digests(repository: Path, copy: Path) -> None:
+    try:
+        digests = json.loads((copy / REPORT).read_text("utf-8"))["sha256"]
+        expected = {name: str(digests[name]) for name in BUILT}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ServerError(
+            f"{repository}/{REPORT} does not say what was built: build it again with vit-builder"
+        ) from e
+    for name, digest in expected.items():
+        if _sha256(copy / name) != digest:
+            raise ServerError(
+                f"{repository}/{name} is not the file that was built: it is damaged, or from "
+                "another build"
+            )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
