@@ -11,6 +11,7 @@ import yaml
 from conftest import BIN, GOLDENS
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
+from vit_server import probe, process
 
 from . import rendered
 from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
@@ -22,7 +23,7 @@ COMPOSED = (
     ("gpu", "tls"),
     ("cpu", "monitoring", "autoscaling"),
     ("cpu", "monitoring", "keda"),
-    ("cpu", "baked"),
+    ("cpu", "tls-cpu", "baked"),
 )
 # Made by hand, see docker/README.md.
 SECRETS = {"vit-admin-key", "vit-tls"}
@@ -140,8 +141,11 @@ def test_no_replica_is_missed(deployed: list[Object]) -> None:
 
 def test_shutdown_fits_into_the_grace_period(deployed: list[Object]) -> None:
     pod, container = rendered.server(deployed)
-    given = [a for a in container["args"] if a.startswith("--exit-timeout-secs=")]
-    exit_timeout = int(given[0].partition("=")[2]) if given else 30  # tritonserver's default
+    if container["args"][0] == "vit-server":
+        exit_timeout = probe.DRAIN_SECONDS + process.EXIT_SECONDS
+    else:
+        (given,) = (a for a in container["args"] if a.startswith("--exit-timeout-secs="))
+        exit_timeout = int(given.partition("=")[2])
     asleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert asleep >= 10
     assert asleep + exit_timeout + 5 <= pod["terminationGracePeriodSeconds"]
@@ -150,8 +154,8 @@ def test_shutdown_fits_into_the_grace_period(deployed: list[Object]) -> None:
 def test_probes(deployed: list[Object]) -> None:
     _, container = rendered.server(deployed)
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
-    for probe, path in (("startupProbe", "ready"), ("livenessProbe", "live")):
-        request = container[probe]["httpGet"]
+    for name, path in (("startupProbe", "ready"), ("livenessProbe", "live")):
+        request = container[name]["httpGet"]
         assert request["path"] == f"/v2/health/{path}"
         assert ports.get(request["port"], request["port"]) == 8000
     readiness = container["readinessProbe"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import BIN, GOLDENS, PHOTOS, Server
+from conftest import BIN, GOLDENS, PHOTOS, Server, serving
 from load import inputs, perf_analyzer
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -124,20 +124,60 @@ def test_gpu_overlay_serves(tiny_repository: Path, tmp_path: Path) -> None:
                 triton.unload_model("vit", headers=header)
 
 
-def test_tls_component_serves(tiny_repository: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """What the Secret vit-tls mounts: tls.crt for localhost, and tls.key."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
-    (tmp_path / "overlay").mkdir()
-    objects = rendered.composed(tmp_path / "overlay", "gpu", "tls")
+    folder = tmp_path / "secret"
+    folder.mkdir()
     command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout tls.key -out tls.crt"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    subprocess.run([*command.split(), *names], cwd=tmp_path, check=True, capture_output=True)
-    with running(objects, tiny_repository, tmp_path, **{"/etc/vit/tls": str(tmp_path)}) as pod:
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*command.split(), *names], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    """For an overlay that a test puts together."""
+    folder = tmp_path / "overlay"
+    folder.mkdir()
+    return folder
+
+
+def test_tls_component_serves(
+    tiny_repository: Path, tmp_path: Path, overlay: Path, secret: Path
+) -> None:
+    objects = rendered.composed(overlay, "gpu", "tls")
+    with running(objects, tiny_repository, tmp_path, **{"/etc/vit/tls": str(secret)}) as pod:
         url = f"localhost:{pod.grpc}"
-        with Client(f"grpcs://{url}", ca_file=tmp_path / "tls.crt") as client:
+        with Client(f"grpcs://{url}", ca_file=secret / "tls.crt") as client:
             assert client.embed(PHOTOS / "coffee.jpg").shape == (64,)
         with Client(url, timeout=5) as client, pytest.raises(Unavailable):
             client.embed(PHOTOS / "coffee.jpg")
+
+
+def test_tls_cpu_component_serves(tiny_repository: Path, overlay: Path, secret: Path) -> None:
+    _, container = rendered.server(rendered.composed(overlay, "cpu", "tls-cpu"))
+    places = {"/models": str(tiny_repository), "0.0.0.0": "127.0.0.1", "/etc/vit/tls": str(secret)}
+    command, model_repository, *arguments = (_moved(a, places) for a in container["args"])
+    assert (command, model_repository) == ("vit-server", f"--model-repository={tiny_repository}")
+    with serving(tiny_repository, *arguments) as server:
+        with Client(server.url, ca_file=secret / "tls.crt") as client:
+            assert client.embed(PHOTOS / "coffee.jpg").shape == (64,)
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            probe = container[name]["exec"]["command"]
+            places = {"/opt/vit": str(ROOT / "docker"), "http://127.0.0.1:8000": server.http_url}
+            moved = [_moved(word, places) for word in probe]
+            if moved[-1].endswith("health.py"):
+                moved.append(server.http_url)
+            subprocess.run(moved, check=True, timeout=60)
+
+
+def _moved(text: str, places: dict[str, str]) -> str:
+    for there, here in places.items():
+        text = text.replace(there, here)
+    return text
 
 
 def test_cpu_overlay_is_what_vit_server_takes() -> None:
