@@ -4,7 +4,7 @@ import contextlib
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(repository: Path, *arguments: str, errors: bool = False) -> Iterator[Server]:
+def serving(
+    repository: Path, *arguments: str, errors: bool = False, under: Sequence[str] = ()
+) -> Iterator[Server]:
     """Start vit-server as a user would, on free ports; stop it at the end.
 
     Args:
         errors: whether `process.stderr` is to be read.
+        under: a command that ends by running what follows it.
     """
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
-    command = [BIN / "vit-server", "--model-repository", repository, *ports, *arguments]
+    command = [*under, BIN / "vit-server", "--model-repository", repository, *ports, *arguments]
     stderr = subprocess.PIPE if errors else None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:

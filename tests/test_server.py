@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from conftest import BIN, PHOTOS, Server, serving
+from processes import FREE_PORTS, descendants, gone, model_process, segments, tritonserver
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
-FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
 
 
 def start_and_fail(repository: Path, *arguments: str) -> str:
@@ -31,28 +31,6 @@ def start_and_fail(repository: Path, *arguments: str) -> str:
     sentences = result.stderr.removeprefix("Starting tritonserver …\n").splitlines()
     assert len(sentences) == 1, result.stderr
     return sentences[0]
-
-
-def descendants(pid: int) -> set[int]:
-    """All processes below `pid`."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return set(map(int, children)).union(*(descendants(int(child)) for child in children))
-
-
-def gone(pids: set[int], seconds: float = 20) -> bool:
-    """Whether all of these processes end within that time (a zombie has ended)."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        states = [Path(f"/proc/{pid}/stat") for pid in pids]
-        alive = [s for s in states if s.exists() and s.read_text().rpartition(")")[2][1] != "Z"]
-        if not alive:
-            return True
-        time.sleep(0.1)
-    return False
-
-
-def segments(pid: int) -> list[Path]:
-    return list(Path("/dev/shm").glob(f"vit_server_{pid}_*"))
 
 
 def test_it_listens_where_it_says_and_nowhere_else(tiny_server: Server) -> None:
@@ -240,9 +218,7 @@ def test_dead_model_process_ends_the_server(tiny_repository: Path) -> None:
     """Triton itself would stay ready, and fail every request for good."""
     with serving(tiny_repository, errors=True) as server:
         pids = descendants(server.process.pid)
-        (stub,) = (
-            pid for pid in pids if "/preprocess/1/" in Path(f"/proc/{pid}/cmdline").read_text()
-        )
+        stub = model_process(server.process.pid, "preprocess")
         os.kill(stub, signal.SIGKILL)
         assert server.process.wait(10) == 1
         assert server.process.stderr is not None
@@ -269,9 +245,7 @@ def test_ipv6(tiny_repository: Path) -> None:
 def test_killed_tritonserver_is_told_and_leaves_nothing(tiny_repository: Path) -> None:
     with serving(tiny_repository) as server:
         pids = descendants(server.process.pid)
-        (triton,) = (
-            pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver"
-        )
+        triton = tritonserver(server.process.pid)
         os.kill(triton, signal.SIGKILL)
         assert server.process.wait(60) == 128 + signal.SIGKILL
         assert gone(pids)

@@ -163,9 +163,14 @@ class ServerError(VitClientError):
     """The server failed while it answered; its log knows more."""
 
 
-_OVERLOAD_TEXTS = ("exceeds maximum queue size", "request timeout expired")
+_OVERLOAD_TEXTS = (
+    "exceeds maximum queue size",
+    "request timeout expired",
+    "failed to increase the shared memory pool size",  # /dev/shm is full
+)
 # As it starts, and already as it stops: with several servers, another one will answer.
 _NOT_LOADED = "has no available versions"
+_STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
 
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -176,6 +181,7 @@ _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.NOT_FOUND: ModelNotServed,
     grpc.StatusCode.UNIMPLEMENTED: ModelNotServed,  # some other gRPC server
     grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.CANCELLED: Unavailable,  # by the server as it stops; we raise CancelledError
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 
@@ -205,13 +211,19 @@ def from_grpc(
     return kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
 
 
+def is_stopping(error: VitClientError) -> bool:
+    """Whether a server answered, to say that it is about to go."""
+    details = (error.details or "").lower()
+    return isinstance(error, Unavailable) and any(text in details for text in _STOPPING_TEXTS)
+
+
 def _message(
     kind: type[VitClientError], code: grpc.StatusCode, details: str, url: str, timeout: float
 ) -> str:
     if _NOT_LOADED in details:
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if kind is Unavailable:
-        return f"no server at {url}{_unavailable_hint(url, details)} ({details})"
+        return f"no server at {url}{_unavailable_hint(url, details)} ({details or code.name})"
     if kind is DeadlineExceeded:
         return f"no answer from {url} within {timeout:.3g} s"
     if kind is Overloaded:

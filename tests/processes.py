@@ -1,0 +1,51 @@
+"""What a vit-server consists of, as the kernel sees it, and what it leaves."""
+
+import time
+from pathlib import Path
+
+FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below `pid`."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return set(map(int, children)).union(*(descendants(int(child)) for child in children))
+
+
+def gone(pids: set[int], seconds: float = 20) -> bool:
+    """Whether all of these processes end within that time (a zombie has ended)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        alive = [s for s in states if s.exists() and s.read_text().rpartition(")")[2][1] != "Z"]
+        if not alive:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def segments(pid: int) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"vit_server_{pid}_*"))
+
+
+def workspaces(pid: int) -> list[Path]:
+    return list(Path("/tmp").glob(f"vit-server-{pid}-*"))
+
+
+def model_process(pid: int, model: str) -> int:
+    """The process that a model runs in, below the vit-server `pid`."""
+    (found,) = (
+        below
+        for below in descendants(pid)
+        if f"/{model}/1/" in Path(f"/proc/{below}/cmdline").read_text()
+    )
+    return found
+
+
+def tritonserver(pid: int) -> int:
+    (found,) = (
+        below
+        for below in descendants(pid)
+        if Path(f"/proc/{below}/comm").read_text().strip() == "tritonserver"
+    )
+    return found
