@@ -1,6 +1,7 @@
 """The manifests in docker/kubernetes: built, valid, and what they promise about each other."""
 
 import copy
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -241,3 +242,16 @@ def test_tls_leaves_no_way_around_it(tmp_path: Path) -> None:
     assert {p["name"] for p in find(objects, "Service")["spec"]["ports"]} == {"grpc", "metrics"}
     clients, _ = find(objects, "NetworkPolicy")["spec"]["ingress"]
     assert clients["ports"] == [{"port": "grpc"}]
+
+
+def test_docs_name_what_is_there() -> None:
+    text = (ROOT / "docker/README.md").read_text().partition("## In a cluster")[2]
+    named = set(re.findall(r"docker/kubernetes/[\w/.-]+\w", text))
+    named |= {
+        f"docker/kubernetes/{n}" for n in re.findall(r"`((?:overlays|components)/[\w-]+)`", text)
+    }
+    assert {f.parent for f in FOLDER.glob("[oc]*/*/kustomization.yaml")} <= {
+        ROOT / n for n in named
+    }
+    assert not [name for name in named if not (ROOT / name).exists()]
+    assert set(re.findall(r"`(vit-[\w-]+)`", text)) >= SECRETS
