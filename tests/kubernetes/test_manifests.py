@@ -8,7 +8,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from conftest import BIN, GOLDENS
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -210,31 +209,6 @@ def test_rules_are_those_of_docker_monitoring() -> None:
     groups = alerts[alerts.index("groups:") :].splitlines()
     indented = "\n".join(f"  {line}" if line else "" for line in groups)
     assert rule.partition("spec:\n")[2].rstrip() == indented, "copy the groups of alerts.yaml"
-
-
-def test_autoscaling_asks_for_what_is_recorded(tmp_path: Path) -> None:
-    recorded = {
-        rule["record"]
-        for group in yaml.safe_load((ROOT / "docker/monitoring/alerts.yaml").read_text())["groups"]
-        for rule in group["rules"]
-        if "record" in rule
-    }
-    values = FOLDER / "components/autoscaling/prometheus-adapter.yaml"
-    rules = yaml.safe_load(values.read_text())["rules"]["custom"]
-    assert {rule["seriesQuery"].partition("{")[0] for rule in rules} <= recorded
-    hpa = find(rendered.kustomize(FOLDER / "overlays/example"), "HorizontalPodAutoscaler")
-    asked = {metric["pods"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
-    assert asked == {rule["name"]["as"] for rule in rules}
-
-    keda = find(rendered.composed(tmp_path, "gpu", "monitoring", "keda"), "ScaledObject")
-    queries = [trigger["metadata"]["query"] for trigger in keda["spec"]["triggers"]]
-    assert {query.partition("(")[2].partition("{")[0] for query in queries} <= recorded
-
-
-@pytest.mark.parametrize("scaler", ["autoscaling", "keda"])
-def test_an_autoscaler_has_the_number_of_replicas_to_itself(scaler: str, tmp_path: Path) -> None:
-    objects = rendered.composed(tmp_path, "gpu", scaler)
-    assert "replicas" not in find(objects, "Deployment")["spec"]
 
 
 def test_tls_leaves_no_way_around_it(tmp_path: Path) -> None:
