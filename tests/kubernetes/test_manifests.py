@@ -167,9 +167,16 @@ def test_threads_come_from_the_cpu_limit(deployed: list[Object]) -> None:
     _, container = rendered.server(deployed)
     (threads,) = (e for e in container["env"] if e["name"] == "OMP_NUM_THREADS")
     assert threads["valueFrom"] == {"resourceFieldRef": {"resource": "limits.cpu"}}
-    resources = container["resources"]
-    assert resources["limits"]["cpu"] == resources["requests"]["cpu"]
-    assert quantity(resources["limits"]["cpu"]).is_integer()
+    assert quantity(container["resources"]["limits"]["cpu"]).is_integer()
+
+
+def test_pods_are_guaranteed(deployed: list[Object]) -> None:
+    """Requests are limits, in every container: cores of their own, and the last to be evicted."""
+    pod, _ = rendered.server(deployed)
+    for container in rendered.containers(pod):
+        limits = {k: v for k, v in container["resources"]["limits"].items() if "/" not in k}
+        assert container["resources"]["requests"] == limits
+        assert set(limits) == {"cpu", "memory"}
 
 
 def test_memory_adds_up(deployed: list[Object], tmp_path: Path) -> None:
