@@ -45,7 +45,7 @@ def _fetch(cache: Path) -> None:
     for command in (
         ["apt-get", "-qq", *options, "update"],
         ["apt-get", "-qq", *options, "download", "prometheus"],
-        ["sh", "-c", "dpkg-deb -x prometheus_*.deb unpacked && rm prometheus_*.deb"],
+        ["sh", "-c", "dpkg-deb -x prometheus_*.deb unpacked && rm -r prometheus_*.deb lists"],
     ):
         subprocess.run(command, cwd=cache, check=True, capture_output=True, text=True, timeout=200)
 

@@ -110,27 +110,22 @@ def test_under_load(tiny_server: Server, watched: Prometheus) -> None:
         of_all = 'rate(nv_inference_queue_duration_us{model=~"preprocess|vit|postprocess"}[1m])'
         of_ensembles = f"rate(nv_inference_queue_duration_us{{{ensembles}}}[1m])"
         watched.wait(f"sum({of_ensembles}) / sum({of_all})", lambda share: share < 0.05)
-        ((_, per_second),) = watched.wait("instance:vit_answered:rate1m", lambda value: value > 0)
     assert {code for code, _ in answers} == {200}
     slowest = max(seconds for _, seconds in answers)
     assert waited < slowest
-    assert per_second < len(answers)
     watched.wait(total, lambda value: value == before + len(answers))
     assert watched.query("instance:vit_failed:rate1m")[0][1] == 0
 
 
 def test_bad_images_are_told_from_failures(tiny_server: Server, watched: Prometheus) -> None:
+    of_ensemble = 'sum(nv_inference_request_failure{model="embed"})'
+    of_models = 'sum(nv_inference_request_failure{model=~"preprocess|vit|postprocess"})'
+    ((_, before),), ((_, models_before),) = watched.wait(of_ensemble), watched.wait(of_models)
     for _ in range(3):
         assert post(f"{tiny_server.http_url}/v2/models/embed/infer", b"not an image") == 400
+    watched.wait(of_ensemble, lambda value: value == before + 6)  # each counts twice
     watched.wait("instance:vit_failed:rate1m", lambda value: value > 0)
-    watched.wait('ALERTS{alertname="VitBadImages", alertstate="pending"} or vector(0)')
-    failed = 'nv_inference_request_failure{model="%s", reason="%s"}'
-    ((_, of_ensemble),) = watched.query(failed % ("embed", "OTHER"))
-    assert of_ensemble % 2 == 0  # each counts twice
-    assert of_ensemble >= 6
-    for reason in ("OTHER", "BACKEND", "REJECTED", "CANCELED"):
-        ((_, of_model),) = watched.query(failed % ("preprocess", reason))
-        assert of_model == 0
+    assert watched.query(of_models)[0][1] == models_before
     assert watched.query("instance:vit_refused:rate1m")[0][1] < 0.05
 
 
