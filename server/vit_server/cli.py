@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--grpc-max-connection-age",
         type=_seconds,
-        default=300,
+        default=30,
         metavar="SECONDS",
         help="then a client is asked to connect anew, which costs it no request. It looks its name "
         "up again, and so finds servers that were added",
