@@ -65,8 +65,8 @@ class AsyncClient:
                 all addresses that a name resolves to. [VIT_URL, default localhost:8001]
             timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
             retries: How often a request is tried again when the server is overloaded or
-                unavailable. Over all requests retries are limited to a tenth of the successes
-                plus one a second, so that they cannot add to an overload.
+                unavailable. Those for overload are limited, over all requests, to a tenth of
+                the successes plus one a second, so that they cannot add to it.
                 [VIT_RETRIES, default 4]
             concurrency: Requests in flight at once, over all calls of this client.
                 [VIT_CONCURRENCY, default 16]

@@ -116,6 +116,9 @@ _CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     # Every address that the name resolves to takes its share: with the default policy a client
     # stays with one pod of a headless service for good.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
+    # After a connection is lost gRPC looks the name up again, but by default not twice in 30 s:
+    # long enough for a client to know none but servers that have been replaced since.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # Finds a peer that vanished without a word. Two pings without data are what Triton's
     # defaults let pass; a third would make it close the connection.
     ("grpc.keepalive_time_ms", 60_000),

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,14 +17,30 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from . import _wire
 from ._channel import Settings
 from ._retry import RetryBudget, backoff
-from .errors import ClientClosed, DeadlineExceeded, VitClientError, from_grpc
+from .errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    Overloaded,
+    VitClientError,
+    from_grpc,
+    is_stopping,
+)
 from .types import Model
 
-_Call = Callable[..., Any]
+# Seconds that a channel is kept even if a server behind it stops.
+_MIN_CHANNEL_AGE = 1.0
 
 # The process in which a client first used gRPC. A forked child inherits the number, and gRPC's
 # state with it, which hangs or aborts there even for a channel of its own.
 _grpc_pid = 0
+
+
+@dataclass(eq=False)
+class _Open:
+    channel: grpc.aio.Channel
+    stub: Any
+    since: float
+    calls: int = 0  # under way
 
 
 class Connection:
@@ -36,34 +52,36 @@ class Connection:
         self.closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: Any = None
+        self._current: _Open | None = None
+        self._left: set[_Open] = set()  # each with calls under way
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._budget = RetryBudget()
         self._model: Model | None = None
         self._asking: asyncio.Task[Model] | None = None
 
-    def stub(self) -> Any:
-        """The gRPC methods. Opens the channel on first use, so that a client which was made
-        before a fork, and not used, works in the child."""
+    def _open(self) -> _Open:
+        """The channel. It is opened on first use, so that a client which was made before a fork,
+        and not used, works in the child."""
         if self.closed:
             raise ClientClosed("this client is closed")
         loop = asyncio.get_running_loop()
-        if self._stub is None:
+        if self._loop is None:
             global _grpc_pid
             _grpc_pid = _grpc_pid or os.getpid()
             if _grpc_pid != os.getpid():
                 raise ClientClosed(forked(_grpc_pid))
-            self._loop, self._pid = loop, os.getpid()
-            self._channel = self.settings.open()
-            self._stub = GRPCInferenceServiceStub(self._channel)
-        if self._pid != os.getpid():
+        elif self._pid != os.getpid():
             raise ClientClosed(forked(self._pid))
-        if self._loop is not loop:
+        elif self._loop is not loop:
             raise ClientClosed(
                 "this AsyncClient belongs to another event loop: make one for each asyncio.run()"
             )
-        return self._stub
+        if self._current is None:
+            channel = self.settings.open()
+            stub = GRPCInferenceServiceStub(channel)
+            self._current = _Open(channel, stub, time.monotonic())
+            self._loop, self._pid = loop, os.getpid()
+        return self._current
 
     async def close(self) -> None:
         """Cancel what is in flight and close the channel."""
@@ -71,9 +89,11 @@ class Connection:
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
-        channel, self._channel = self._channel, None
-        if channel is not None and self._pid == os.getpid():
-            await channel.close()
+        opened = [*self._left, *([self._current] if self._current else [])]
+        self._current = None
+        if self._pid == os.getpid():
+            for each in opened:
+                await each.channel.close()
 
     async def call(
         self,
@@ -89,34 +109,61 @@ class Connection:
         The deadline covers everything: the wait for one of the client's slots, every try, and
         the pauses between them.
         """
-        rpc: _Call = getattr(self.stub(), method)
+        self._open()  # where the client cannot be used it says so at once
         left = self.settings.retries if retries is None else retries
         deadline = time.monotonic() + timeout
         await self._take_slot(timeout, task)
         try:
             for attempt in itertools.count():
                 try:
-                    response = await rpc(
-                        message,
-                        timeout=max(0.0, deadline - time.monotonic()),
-                        metadata=self.settings.metadata,
-                    )
+                    response = await self._try(method, message, task, timeout, deadline)
                 except asyncio.CancelledError:
                     # What closing the channel does to its calls.
                     if self.closed:
                         raise self.closed_meanwhile(task) from None
                     raise
-                except grpc.RpcError as failure:
-                    error = self._error(failure, task, timeout)
+                except VitClientError as error:
                     pause = self._pause(error, attempt, deadline) if attempt < left else None
                     if pause is None:
-                        raise error from failure
+                        raise
                     await asyncio.sleep(pause)
                 else:
                     self._budget.success()
                     return response
         finally:
             self._slots.release()
+
+    async def _try(
+        self, method: str, message: Any, task: str | None, timeout: float, deadline: float
+    ) -> Any:
+        opened = self._open()
+        opened.calls += 1
+        try:
+            return await getattr(opened.stub, method)(
+                message,
+                timeout=max(0.0, deadline - time.monotonic()),
+                metadata=self.settings.metadata,
+            )
+        except grpc.RpcError as failure:
+            error = self._error(failure, task, timeout)
+            if is_stopping(error):
+                self._leave(opened)
+            raise error from failure
+        finally:
+            opened.calls -= 1
+            if opened in self._left and not opened.calls:
+                self._left.discard(opened)
+                await opened.channel.close()
+
+    def _leave(self, opened: _Open) -> None:
+        """Have the next try open a new channel, which looks the name up again.
+
+        A server that stops turns requests away, at once, and keeps its connections until it has
+        ended: gRPC would go on giving it its share.
+        """
+        if opened is self._current and time.monotonic() - opened.since >= _MIN_CHANNEL_AGE:
+            self._left.add(opened)
+            self._current = None
 
     async def _take_slot(self, timeout: float, task: str | None) -> None:
         if not self._slots.locked():
@@ -144,9 +191,15 @@ class Connection:
         """Seconds to wait before the next try, or None if there is none."""
         if not error.retryable:
             return None
-        pause = max(backoff(attempt), self._budget.reserve())
+        pause = backoff(attempt)
+        # For overload only. A server that is gone takes no harm from retries, and one of several
+        # that stops fails so many requests at once that the budget would hold them up for long.
+        overloaded = isinstance(error, Overloaded)
+        if overloaded:
+            pause = max(pause, self._budget.reserve())
         if time.monotonic() + pause >= deadline:
-            self._budget.give_back()
+            if overloaded:
+                self._budget.give_back()
             return None
         return pause
 

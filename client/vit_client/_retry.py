@@ -20,9 +20,10 @@ def backoff(attempt: int) -> float:
 
 
 class RetryBudget:
-    """Limits the retries of one client, over all its calls, to one for each ten successes, plus
-    one a second, plus a burst of ten. However many calls an overloaded server turns away, the
-    retries stay few; a call whose retry is not due before its deadline fails without it."""
+    """Limits the retries for overload of one client, over all its calls, to one for each ten
+    successes, plus one a second, plus a burst of ten. However many calls an overloaded server turns
+    away, the retries stay few; a call whose retry is not due before its deadline fails without
+    it."""
 
     def __init__(self) -> None:
         self._tokens = _BURST

@@ -124,6 +124,16 @@ def test_retries_do_not_become_a_storm(proxy: Proxy) -> None:
     assert proxy.inferences <= 50 + 10 + 3
 
 
+def test_the_budget_is_for_overload_only(proxy: Proxy) -> None:
+    """A server that dies fails all it has at once, and another one waits for the retries."""
+    proxy.refusals = [GONE] * 50
+    with Client(proxy.url, concurrency=50, timeout=10) as client:
+        client.model()
+        with ThreadPoolExecutor(50) as pool:
+            rows = list(pool.map(lambda _: client.embed(IMAGE), range(50)))
+    assert len(rows) == 50
+
+
 def test_the_budget_is_a_tenth_of_the_successes_and_one_a_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -146,6 +156,33 @@ def test_backoff_grows_and_has_jitter() -> None:
         pauses = [backoff(attempt) for _ in range(200)]
         assert 0 <= min(pauses) < most / 4
         assert most * 3 / 4 < max(pauses) <= most
+
+
+def test_a_channel_to_a_server_that_stops_is_left(proxy: Proxy) -> None:
+    """For a new one, that looks the name up again; what is under way on the old one goes on."""
+
+    async def run() -> None:
+        async with AsyncClient(proxy.url) as client:
+            await client.model()
+            await asyncio.sleep(1.1)
+            connection = client._engine.connection
+            old = connection._current
+            proxy.delay = 3
+            under_way = asyncio.ensure_future(client.embed(IMAGE))
+            while not proxy.in_flight:
+                await asyncio.sleep(0.01)
+            proxy.delay, proxy.refusals = 0, [STOPPING]
+            # The delay is over when the refusal has been taken: the first request is not refused.
+            assert (await client.embed(IMAGE)).shape == (64,)
+            assert proxy.in_flight == 1
+            assert connection._current is not old
+            assert connection._left == {old}
+            assert (await under_way).shape == (64,)
+            assert not connection._left
+
+    asyncio.run(run())
+    assert proxy.inferences == 3
+    assert proxy.cancelled == 0
 
 
 # -- deadlines ---------------------------------------------------------------------------------
