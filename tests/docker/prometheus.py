@@ -83,7 +83,10 @@ def prometheus(metrics_url: str, cache: Path, folder: Path) -> Iterator[Promethe
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
     (scrape,) = config["scrape_configs"]
     del scrape["dns_sd_configs"]
-    scrape["static_configs"] = [{"targets": [urllib.parse.urlsplit(metrics_url).netloc]}]
+    target = urllib.parse.urlsplit(metrics_url).netloc
+    # With the labels that a target has in a cluster.
+    labels = {"namespace": "vit", "pod": "vit-0"}
+    scrape["static_configs"] = [{"targets": [target], "labels": labels}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
     command = [program("prometheus", cache), f"--config.file={folder / 'prometheus.yml'}"]

@@ -82,6 +82,12 @@ def dashboard_expressions() -> list[str]:
     ]
 
 
+def autoscaling_expressions() -> list[str]:
+    file = MONITORING.parent / "kubernetes" / "components" / "keda" / "scaled-object.yaml"
+    triggers = yaml.safe_load(file.read_text())["spec"]["triggers"]
+    return [trigger["metadata"]["query"] for trigger in triggers]
+
+
 @pytest.fixture(scope="module")
 def watched(
     tiny_server: Server, cache: Path, tmp_path_factory: pytest.TempPathFactory
@@ -99,8 +105,8 @@ def test_under_load(tiny_server: Server, watched: Prometheus) -> None:
         for rule in RULES:
             if "record" in rule:
                 ((labels, _),) = watched.wait(rule["record"])
-                assert set(labels) == {"__name__", "instance", "job"}
-        for expression in dashboard_expressions():
+                assert set(labels) == {"__name__", "instance", "job", "namespace", "pod"}
+        for expression in (*dashboard_expressions(), *autoscaling_expressions()):
             watched.wait(expression)
         watched.wait("instance:vit_pending:avg1m", lambda value: 0 < value < 16)
         ((_, waited),) = watched.wait("instance:vit_queue_seconds:rate1m", lambda value: value > 0)
