@@ -1,5 +1,6 @@
 """Our numbers against birder's: the network, the traced model, and both as they are served."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +106,12 @@ def test_served_tiny_model_gives_the_networks_numbers(file: str, tmp_path: Path)
         assert server.infer("classify", "image", files)["labels"].tolist() == labels
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_batch_size_gives_the_same_numbers(precision: str) -> None:
-    """A trace can bake in the batch it was made with."""
+def test_every_batch_size_gives_the_same_numbers(precision: str, device: str) -> None:
+    """A trace can bake in the batch it was made with. Either device's file runs on the CPU."""
     checkpoint = vit_builder.load(GOLDENS / "tiny.pt")
-    module = trace(checkpoint, precision, 12)
+    module = reloaded(trace(checkpoint, precision, 12, device))
     pixels = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8)
     tolerance = {"fp32": 1e-5, "bf16": 0.1, "fp16": 1e-2}[precision]
     with torch.inference_mode():
@@ -120,3 +122,29 @@ def test_every_batch_size_gives_the_same_numbers(precision: str) -> None:
             for i in range(4):
                 wanted = torch.cat([outputs[i] for outputs in alone[:size]])
                 torch.testing.assert_close(together[i], wanted, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.1)])
+def test_a_cpus_layers_give_the_plain_ones_numbers(precision: str, tolerance: float) -> None:
+    checkpoint = vit_builder.load(GOLDENS / "tiny.pt")
+    plain, fused = (reloaded(trace(checkpoint, precision, 12, d)) for d in ("cuda", "cpu"))
+    # A GPU's LibTorch may have been built without oneDNN, and could not load its operators.
+    assert "mkldnn" in code(fused)
+    assert "mkldnn" not in code(plain)
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        for ours, wanted in zip(fused(pixels)[:4], plain(pixels)[:4], strict=True):
+            torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=0)
+
+
+def reloaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """As it is served: weights are packed on loading."""
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer)
+
+
+def code(module: torch.jit.ScriptModule) -> str:
+    """All operators that it calls."""
+    return str(module.inlined_graph)

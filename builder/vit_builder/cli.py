@@ -35,7 +35,7 @@ def build(
     """
     with repository.replacing(output) as folder:
         say(f"Tracing {model.name} in {settings.precision} …")
-        traced = export.trace(model, settings.precision, settings.top_k)
+        traced = export.trace(model, settings.precision, settings.top_k, settings.device)
         repository.fill(folder, model, traced, settings, sha256)
         say(
             f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …"
@@ -113,7 +113,7 @@ def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
         raise checkpoint.CheckpointError(f"--top-k {args.top_k} is over the {classes} classes")
     # Larger batches bring no throughput and cost latency: a CPU is busy at 16, a GPU at 64.
     max_batch_size = args.max_batch_size or (64 if device == "cuda" else 16)
-    return Settings(precision, max_batch_size, args.top_k or min(100, classes))
+    return Settings(precision, max_batch_size, args.top_k or min(100, classes), device)
 
 
 def _cpu_has_bf16() -> bool:
@@ -168,8 +168,8 @@ def _parser() -> argparse.ArgumentParser:
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="where it will be served; it only chooses the defaults below (default: auto, cuda "
-        "where this machine has it). The file itself runs on both",
+        help="where it will be served: chooses the layers that are fast there, and the defaults "
+        "below (default: auto, cuda where this machine has it). The file runs on both",
     )
     add(
         "--precision",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
+from .fused import fuse
 from .model import ViT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,12 +42,17 @@ class ServedViT(nn.Module):
         return probabilities, embedding, neck.float(), top_scores, top_indices.int()
 
 
-def trace(checkpoint: Checkpoint, precision: str, top_k: int) -> torch.jit.ScriptModule:
+def trace(
+    checkpoint: Checkpoint, precision: str, top_k: int, device: str
+) -> torch.jit.ScriptModule:
     """Trace the served graph on the CPU, so that no device is baked in.
 
     It is traced at two images: at one, shapes that depend on the batch could fold into constants.
     """
-    served = ServedViT(checkpoint.network(), checkpoint, precision, top_k).eval()
+    network = checkpoint.network()
+    if device == "cpu":
+        fuse(network, DTYPES[precision])
+    served = ServedViT(network, checkpoint, precision, top_k).eval()
     height, width = checkpoint.config.image_size
     pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
     with torch.inference_mode():

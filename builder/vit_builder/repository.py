@@ -31,6 +31,7 @@ class Settings:
     precision: str
     max_batch_size: int
     top_k: int
+    device: str = "cpu"  # where it will be fast; it runs on both
 
 
 def fill(

@@ -6,6 +6,7 @@ under the same config.pbtxt. Inputs are bound by order; an output's name ends in
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,15 @@ class TritonPythonModel:
         file = config["default_model_filename"] or "model.pt"
         path = Path(args["model_repository"], args["model_version"], file)
         self.module = torch.jit.load(path, map_location=self.device).eval()
+        self.cores = 1 if on_gpu else torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.cores, initializer=_one_thread)
 
     @torch.inference_mode()
     def execute(self, requests):
         """Run all requests as one batch; copy to the host only what somebody asked for."""
         inputs = [pb_utils.get_input_tensor_by_name(r, self.input).as_numpy() for r in requests]
         batch = torch.from_numpy(np.concatenate(inputs) if len(inputs) > 1 else inputs[0])
-        with torch.jit.optimized_execution(self.optimize):
-            results = self.module(batch.to(self.device))
+        results = self.run(batch)
         asked = {name for request in requests for name in request.requested_output_names()}
         on_host = {name: results[self.outputs[name]].cpu().numpy() for name in asked}
 
@@ -48,3 +50,29 @@ class TritonPythonModel:
             responses.append(pb_utils.InferenceResponse(tensors))
             start = stop
         return responses
+
+    def run(self, batch):
+        """The module's outputs for all rows, each core with some of them.
+
+        Cores that work on images of their own do not wait for each other at every layer, as
+        OpenMP's threads do, and what `preprocess` takes from one core does not stop the rest.
+        A single image has all cores.
+        """
+        if self.cores == 1 or len(batch) == 1:
+            return self.forward(batch.to(self.device))
+        parts = list(self.pool.map(self.forward, batch.tensor_split(min(self.cores, len(batch)))))
+        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+
+    @torch.inference_mode()
+    def forward(self, pixels):
+        with torch.jit.optimized_execution(self.optimize):
+            return self.module(pixels)
+
+    def finalize(self):
+        self.pool.shutdown()
+
+
+def _one_thread():
+    """OpenMP's thread count belongs to the thread that sets it."""
+    torch.zeros(1).exp()  # torch sets the process's count at a thread's first use
+    torch.set_num_threads(1)
