@@ -8,6 +8,8 @@ Normalising happens inside `vit`.
 import io
 import json
 import os
+import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +21,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # gRPC carries error messages in headers (8 KiB by default), so a message has bounds.
 MAX_REASON, MAX_MESSAGE = 200, 4000
 
+# No encoder comes near these. libtiff stops at 100 scans of a JPEG too.
+MAX_SCANS, MAX_READS = 100, 1_000_000
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+
 
 class BadImage(Exception):
     """A row that has no pixels; the message is for the person who sent it."""
@@ -28,8 +34,10 @@ def decode(data, height, width, max_pixels):
     """Encoded file (bytes) -> uint8 array [height, width, 3]. Raises BadImage."""
     if not data:
         raise BadImage("it is empty (0 bytes)")
+    if has_too_many_scans(data):
+        raise BadImage(f"a JPEG of more than {MAX_SCANS} scans")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(Reader(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise BadImage(f"{image.width}x{image.height} is over {max_pixels} pixels")
             return np.asarray(resize(image.convert("RGB"), width, height))
@@ -54,6 +62,41 @@ def resize(image, width, height):
     return image.resize(between, bicubic).resize((width, height), bicubic)
 
 
+class Reader(io.BytesIO):
+    """A file that stops those who read it in tiny pieces: millions of markers, chunks, comments.
+
+    Pillow walks through these in Python, at about 3 s a million reads.
+    """
+
+    reads = 0
+
+    def read(self, size=-1):
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise BadImage(f"it has more than {MAX_READS} parts")
+        return super().read(size)
+
+
+def has_too_many_scans(data):
+    """Whether a JPEG asks for far more passes over its pixels than any encoder writes.
+
+    A scan of a few bytes can cost as much as the whole image: 2 MB took 70 s.
+    """
+    if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= MAX_SCANS:
+        return False
+    # More may be in a thumbnail, or after the image. Count those that a decoder comes to.
+    scans, at = 0, 2
+    for _ in range(MAX_READS):
+        marker = MARKER.search(data, at)
+        if marker is None or marker[0] == b"\xff\xd9":
+            return False
+        scans += marker[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            return True
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return True
+
+
 class TritonPythonModel:
     """Answers each request of a dynamic batch on its own: a bad file costs no neighbour."""
 
@@ -62,6 +105,8 @@ class TritonPythonModel:
         self.height, self.width, _ = (int(d) for d in config["output"][0]["dims"])
         self.max_pixels = int(config["parameters"]["max_image_pixels"]["string_value"])
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which only warns up to twice of it
+        # Pillow's, about files: there can be 65,000 about one, each kept and written to the log.
+        warnings.simplefilter("ignore")
         self.pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
     def execute(self, requests):
@@ -71,17 +116,23 @@ class TritonPythonModel:
         return [self.answer(futures) for futures in started]
 
     def decode(self, data):
-        return decode(data, self.height, self.width, self.max_pixels)
+        # Returned, not raised: an exception that a future keeps holds the whole batch, in a cycle,
+        # until the garbage collector happens to run.
+        try:
+            return decode(data, self.height, self.width, self.max_pixels)
+        except BadImage as e:
+            return str(e)
 
     def answer(self, futures):
         """One request's rows -> its response: all pixels, or an error that names the bad rows."""
         pixels = np.empty((len(futures), self.height, self.width, 3), np.uint8)
         bad = []
         for row, future in enumerate(futures):
-            try:
-                pixels[row] = future.result()
-            except BadImage as e:
-                bad.append(f"image[{row}]: {e}")
+            result = future.result()
+            if isinstance(result, str):
+                bad.append(f"image[{row}]: {result}")
+            else:
+                pixels[row] = result
         if bad:
             error = pb_utils.TritonError(shorten(bad), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
