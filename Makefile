@@ -1,7 +1,7 @@
 # make demo   everything from nothing: .venv, install, build, start Triton, ask it about a photo, stop
 # make serve  the same, and stays up until Ctrl-C
 # make test   all tests
-# make lint   ruff (lint and format) and mypy
+# make lint   ruff (lint and format), mypy, and pip-audit where it can look advisories up
 # make load   sweep the load with perf_analyzer: 9 minutes (ARGS=--help for the rest)
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
 # make clean  remove what all of these have made
@@ -30,6 +30,7 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy builder/vit_builder client/vit_client server/vit_server
+	$(BIN)/python audit.py
 
 load: $(BUILT) $(INSTALLED_DEV)
 	$(BIN)/python -m tests.load $(ARGS)
