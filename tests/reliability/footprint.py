@@ -1,0 +1,80 @@
+"""What a running vit-server holds: memory and file descriptors of each of its processes."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one process."""
+
+    private: float  # MiB that end with it
+    descriptors: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of a server at one moment."""
+
+    processes: dict[str, Usage]
+    shared: float  # MiB in /dev/shm
+
+    @property
+    def total(self) -> float:
+        return self.shared + sum(usage.private for usage in self.processes.values())
+
+    def __str__(self) -> str:
+        parts = [f"{name} {use.private:.0f}" for name, use in sorted(self.processes.items())]
+        return f"{', '.join(parts)}, shared {self.shared:.0f} MiB"
+
+
+def footprint(pid: int) -> Footprint:
+    """Of the vit-server with that process id."""
+    usages = {}
+    for process in family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            usages[_name(process)] = Usage(process.memory_full_info().uss / MIB, process.num_fds())
+    blocks = (file.stat().st_blocks for file in Path("/dev/shm").glob(f"vit_server_{pid}_*"))
+    return Footprint(usages, sum(blocks) * 512 / MIB)
+
+
+def family(pid: int) -> list[psutil.Process]:
+    parent = psutil.Process(pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def _name(process: psutil.Process) -> str:
+    """A model's process is named after its model."""
+    words = process.cmdline()
+    if words and words[0].endswith("triton_python_backend_stub"):
+        return Path(words[1]).parent.parent.name  # …/preprocess/1/model.py
+    return process.name()
+
+
+@contextlib.contextmanager
+def peak(pid: int) -> Iterator[dict[str, float]]:
+    """Tells at the end the most MiB each process held at once, its share of /dev/shm included."""
+    for process in family(pid):
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # forget the peak so far
+    peaks: dict[str, float] = {}
+    yield peaks
+    for process in family(pid):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        (kib,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+        peaks[_name(process)] = kib / 1024
+
+
+def settled(pid: int) -> Footprint:
+    """The smallest of a few in a row: between two requests, not in the middle of one."""
+    seen = []
+    for _ in range(5):
+        seen.append(footprint(pid))
+        time.sleep(0.2)
+    return min(seen, key=lambda one: one.total)
