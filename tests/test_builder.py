@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import vit_builder
@@ -17,6 +18,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_builder import verify
 from vit_builder.model import ViTConfig
+from vit_client import Client
 
 TINY = ("--checkpoint", str(GOLDENS / "tiny.pt"))
 
@@ -80,6 +82,20 @@ def test_lower_precision_is_compared_with_fp32(precision: str, tmp_path: Path) -
     assert f"{precision} against fp32 eager" in result.stdout
     report = json.loads((tmp_path / "m" / "build_report.json").read_text())
     assert 1e-7 < report["agreement"]["embedding_max_diff"] < 0.05
+
+
+def test_neck_can_be_sent_in_fp16(tmp_path: Path) -> None:
+    """Half the bytes, the same numbers to 11 bits; everything else stays as it is."""
+    result = builder(*TINY, "--output", tmp_path / "m", "--neck-precision", "fp16")
+    assert result.returncode == 0, result.stderr
+    photo = (GOLDENS / "images" / "tall.jpg").read_bytes()
+    with serving(tmp_path / "m") as server, Client(server.url) as client:
+        sent = server.infer("features", "image", [photo])["neck"]
+        assert sent.dtype == np.float16
+        neck = client.features(photo)["neck"]
+        assert neck.dtype == np.float32
+        np.testing.assert_array_equal(neck, sent[0].astype(np.float32))
+        np.testing.assert_allclose(neck.mean((1, 2)), client.embed(photo), atol=1e-3, rtol=0)
 
 
 def test_sibling_size_is_served_as_it_is(tmp_path: Path) -> None:

@@ -20,30 +20,38 @@ class ServedViT(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: ViT, checkpoint: Checkpoint, precision: str, top_k: int) -> None:
+    def __init__(
+        self,
+        network: ViT,
+        checkpoint: Checkpoint,
+        precision: str,
+        top_k: int,
+        neck_precision: str = "fp32",
+    ) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
         self.network = network.to(self.dtype)
         # The head stays in fp32: bf16 logits would tie classes that are 1/256 apart.
         self.network.classifier.float()
         self.top_k = top_k
+        self.neck_dtype = DTYPES[neck_precision]
         # Channels are the last axis of the pixels. Normalising is always done in fp32.
         self.register_buffer("mean", torch.tensor(checkpoint.rgb_mean) * 255)
         self.register_buffer("std", torch.tensor(checkpoint.rgb_std) * 255)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> probabilities [N, C], embedding [N, D], neck [N, D, h, w],
-        top_scores [N, K] (all fp32) and top_indices [N, K] (int32), best first.
+        top_scores [N, K] (all fp32, but neck as chosen) and top_indices [N, K] (int32), best first.
         """
         x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         logits, embedding, neck = self.network(x.to(self.dtype))
         probabilities = logits.softmax(dim=1)
         top_scores, top_indices = probabilities.topk(self.top_k, dim=1)
-        return probabilities, embedding, neck.float(), top_scores, top_indices.int()
+        return probabilities, embedding, neck.to(self.neck_dtype), top_scores, top_indices.int()
 
 
 def trace(
-    checkpoint: Checkpoint, precision: str, top_k: int, device: str
+    checkpoint: Checkpoint, precision: str, top_k: int, device: str, neck_precision: str = "fp32"
 ) -> torch.jit.ScriptModule:
     """Trace the served graph on the CPU, so that no device is baked in.
 
@@ -52,7 +60,7 @@ def trace(
     network = checkpoint.network()
     if device == "cpu":
         fuse(network, DTYPES[precision])
-    served = ServedViT(network, checkpoint, precision, top_k).eval()
+    served = ServedViT(network, checkpoint, precision, top_k, neck_precision).eval()
     height, width = checkpoint.config.image_size
     pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from .checkpoint import Checkpoint
 
@@ -32,6 +32,7 @@ class Settings:
     max_batch_size: int
     top_k: int
     device: str = "cpu"  # where it will be fast; it runs on both
+    neck_precision: str = "fp32"  # on the wire
 
 
 def fill(
@@ -51,6 +52,8 @@ def fill(
         config.max_batch_size = settings.max_batch_size
         for tensor in (*config.input, *config.output):
             tensor.dims[:] = dims.get(tensor.name, tensor.dims)
+            if tensor.name in ("neck", "neck__2") and settings.neck_precision == "fp16":
+                tensor.data_type = DataType.TYPE_FP16
         if config.name == "vit":
             _fill_vit(config, checkpoint, settings, sha256)
         path.write_text(text_format.MessageToString(config))

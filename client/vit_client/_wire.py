@@ -16,7 +16,7 @@ from .types import Model, Prediction
 
 MODEL = "vit"
 
-_DTYPES = {"FP32": "<f4", "INT32": "<i4"}
+_DTYPES = {"FP32": "<f4", "FP16": "<f2", "INT32": "<i4"}
 
 # One line for each bad image of a request. Triton puts "in ensemble '…', " before the first.
 _BAD_ROW = re.compile(r"(?:^|\W)image\[(\d+)\]: *(.*)")
@@ -45,7 +45,8 @@ def answer(task: str, response: pb.ModelInferResponse, top_k: int) -> list[Any]:
             return list(_array(*raw["probabilities"]))
         if task == "embed":
             return list(_array(*raw["embedding"]))
-        return [{"neck": row} for row in _array(*raw["neck"])]
+        neck = _array(*raw["neck"]).astype(np.float32, copy=False)  # fp16 where it was built so
+        return [{"neck": row} for row in neck]
     except (KeyError, ValueError, struct.error) as error:
         raise ModelNotServed(
             f"the server's {task!r} does not answer as this client expects ({error!r})", task=task

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+from tritonclient.utils import triton_to_np_dtype
 
 from .process import TritonProcess
 from .tritonserver import Ports, ServerError, bracketed
@@ -93,7 +94,9 @@ def _infer(ports: Ports, ensemble: str, output: str) -> None:
     try:
         with _opener.open(request, timeout=120) as response:
             start = int(response.headers["Inference-Header-Content-Length"])
-            numbers = np.frombuffer(response.read()[start:], np.float32)
+            body = response.read()
+            datatype = json.loads(body[:start])["outputs"][0]["datatype"]
+            numbers = np.frombuffer(body[start:], triton_to_np_dtype(datatype))
     except urllib.error.HTTPError as e:
         reason = json.loads(e.read())["error"]
         raise ServerError(f"{ensemble} is loaded but does not answer: {reason}") from e
