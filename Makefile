@@ -4,6 +4,8 @@
 # make lint   ruff (lint and format), mypy, and pip-audit where it can look advisories up
 # make load   sweep the load with perf_analyzer: 9 minutes (ARGS=--help for the rest)
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
+# make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
+# make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
 # make clean  remove what all of these have made
 
 .DEFAULT_GOAL := demo
@@ -15,7 +17,7 @@ INSTALLED_BENCH := .venv-bench/installed
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test lint load bench format clean
+.PHONY: demo serve test lint load bench soak fuzz format clean
 
 demo: $(BUILT)
 	$(BIN)/python demo.py
@@ -37,6 +39,12 @@ load: $(BUILT) $(INSTALLED_DEV)
 
 bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
 	$(BIN)/python -m bench $(ARGS)
+
+soak: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.reliability.soak $(ARGS)
+
+fuzz: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.reliability.fuzz $(ARGS)
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,94 @@
+"""Coverage-guided fuzzing of preprocess's decode function, with atheris: `make fuzz`.
+
+Whatever the bytes, decode gives pixels of the right size or raises BadImage, within its limits of
+time and memory. Ends with an error at the first input for which that does not hold, and leaves it
+in the folder `found`. Only Python code guides it: the C libraries are run, not instrumented.
+"""
+
+import argparse
+import importlib.util
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import atheris
+import numpy as np
+
+with atheris.instrument_imports(include=["PIL"]):
+    from PIL import Image
+
+    Image.init()  # loads the decoders
+
+from . import poison
+
+FOUND = Path(__file__).parent / "found"
+SIDE = 64
+MAX_PIXELS = 1_000_000  # small, so that an execution is quick
+MAX_BYTES = 1 << 16
+SECONDS_FOR_ONE = 20
+MEMORY_MIB = 2048
+
+
+def main() -> None:
+    """Entry point; libFuzzer ends the process."""
+    parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=int, default=300, help="how long (default: 300)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="libFuzzer's; 0 takes another each time"
+    )
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    Image.MAX_IMAGE_PIXELS = None
+    module = preprocess()
+
+    def one(data: bytes) -> None:
+        try:
+            pixels = module.decode(data, SIDE, SIDE, MAX_PIXELS)
+        except module.BadImage as e:
+            if len(str(e)) < 10:
+                raise AssertionError("it does not say why") from e
+        else:
+            assert pixels.shape == (SIDE, SIDE, 3)
+            assert pixels.dtype == np.uint8
+
+    seeds = FOUND / "seeds"
+    seeds.mkdir(parents=True, exist_ok=True)
+    for i, case in enumerate(poison.corpus(large=False)):
+        if case.name.startswith(("as it is", "metadata")) and len(case.data) < MAX_BYTES:
+            (seeds / str(i)).write_bytes(case.data)
+    options = {
+        "max_total_time": args.seconds,
+        "max_len": MAX_BYTES,
+        "timeout": SECONDS_FOR_ONE,
+        "rss_limit_mb": MEMORY_MIB,
+        "artifact_prefix": f"{FOUND}/",
+        "print_final_stats": 1,
+        "seed": args.seed,
+    }
+    arguments = [f"-{name}={value}" for name, value in options.items()]
+    # New inputs that reach new code go into the first folder, where the next run begins.
+    corpus = FOUND / "corpus"
+    corpus.mkdir(exist_ok=True)
+    atheris.Setup([sys.argv[0], *arguments, str(corpus), str(seeds)], one)
+    atheris.Fuzz()
+
+
+def preprocess() -> Any:
+    """model_repository/preprocess/1/model.py; Triton's own module is there for its import only."""
+    sys.modules.setdefault(
+        "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils")
+    )
+    path = poison.ROOT / "model_repository" / "preprocess" / "1" / "model.py"
+    spec = importlib.util.spec_from_file_location("preprocess", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with atheris.instrument_imports(include=["preprocess"]):
+        spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main()
