@@ -57,7 +57,7 @@ class RMS(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
-        if x.is_cuda:
+        if x.device.type != "cpu":
             return F.rms_norm(x, [x.shape[-1]], None, self.eps)
         # rms_norm is seven passes over the data on a CPU; these are three.
         norm = torch.linalg.vector_norm(x, 2.0, [-1], True, dtype=torch.float32)
@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
     @torch.jit.export
     def __setstate__(self, state: tuple[Tensor, Tensor, int, bool, bool]) -> None:
         self.weight, self.bias, self.rows, self.gelu, self.training = state
-        self.packs = not self.weight.is_cuda
+        self.packs = self.weight.device.type == "cpu"
         if self.weight.dtype == torch.bfloat16:
             self.packs = self.packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         if self.weight.dtype == torch.float16:
