@@ -1,5 +1,8 @@
 """What a vit-server consists of, as the kernel sees it, and what it leaves."""
 
+import ipaddress
+import re
+import struct
 import time
 from pathlib import Path
 
@@ -49,3 +52,27 @@ def tritonserver(pid: int) -> int:
         if Path(f"/proc/{below}/comm").read_text().strip() == "tritonserver"
     )
     return found
+
+
+def listening(pid: int) -> set[tuple[int, str]]:
+    """Port and address of every TCP socket that waits for connections, here and below."""
+    inodes = set()
+    for below in {pid, *descendants(pid)}:
+        for link in Path(f"/proc/{below}/fd").iterdir():
+            if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
+                inodes.add(found[1])
+    found_sockets = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                host, _, port = fields[1].rpartition(":")
+                # The kernel writes words of four bytes, each in its own order.
+                words = struct.pack(
+                    f"={len(host) // 8}I",
+                    *(int(host[i : i + 8], 16) for i in range(0, len(host), 8)),
+                )
+                address = ipaddress.ip_address(words)
+                mapped = getattr(address, "ipv4_mapped", None)
+                found_sockets.add((int(port, 16), str(mapped or address)))
+    return found_sockets

@@ -172,6 +172,9 @@ _OVERLOAD_TEXTS = (
 _NOT_LOADED = "has no available versions"
 _STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
 
+# For gRPC, a server that is not trusted is one that cannot be reached.
+_TLS_TEXTS = ("handshake", "hostname verification")
+
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,  # a gateway's way to limit the rate
@@ -206,7 +209,7 @@ def from_grpc(
         kind = Unavailable
     elif "request for unknown model" in lower:
         kind = ModelNotServed
-    elif kind is Unavailable and "handshake" in lower:
+    elif kind is Unavailable and any(text in lower for text in _TLS_TEXTS):
         kind = AccessDenied
     return kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
 
@@ -242,8 +245,8 @@ def _unavailable_hint(url: str, details: str) -> str:
         return ": is that Triton's port for HTTP or metrics? The one for gRPC is 8001 by default"
     if "all backends" in details and "Socket closed" in details:
         return (
-            ": something listens there that does not speak plain gRPC. Is it the HTTP port, or "
-            "does it want TLS or a client certificate?"
+            ": something listens there, and ends the connection at once. Is it the HTTP port, or "
+            "does it want TLS, or another client certificate than it got?"
         )
     return ""
 
@@ -251,6 +254,8 @@ def _unavailable_hint(url: str, details: str) -> str:
 def _denied_hint(details: str) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return "has a certificate that is not trusted: give the one that signed it as ca_file"
+    if "Hostname Verification" in details:
+        return "has a certificate for another name: use the address that it was made for"
     if "WRONG_VERSION_NUMBER" in details:
         return "does not speak TLS"
     if "handshake" in details.lower():
