@@ -98,6 +98,18 @@ def test_neck_can_be_sent_in_fp16(tmp_path: Path) -> None:
         np.testing.assert_allclose(neck.mean((1, 2)), client.embed(photo), atol=1e-3, rtol=0)
 
 
+def test_fast_jpeg_is_a_choice(tmp_path: Path) -> None:
+    photo = (Path(__file__).parent.parent / "photos" / "coffee.jpg").read_bytes()
+    pixels = {}
+    for options in ((), ("--fast-jpeg",)):
+        result = builder(*TINY, "--output", tmp_path / "m", *options)
+        assert result.returncode == 0, result.stderr
+        with serving(tmp_path / "m") as server:
+            pixels[options] = server.infer("preprocess", "image", [photo])["pixels"].astype(int)
+    exact, fast = pixels.values()
+    assert 0 < abs(fast - exact).mean() < 1
+
+
 def test_sibling_size_is_served_as_it_is(tmp_path: Path) -> None:
     """384 px and 10,000 classes, as the inat21 checkpoints have; shallow, to be quick."""
     config = ViTConfig((384, 384), 10_000, num_layers=1)

@@ -12,6 +12,8 @@ from conftest import GOLDENS
 from PIL import Image
 from vit_server import tritonserver
 
+PHOTOS = Path(__file__).parent.parent / "photos"
+
 
 @pytest.fixture(scope="module")
 def preprocess() -> ModuleType:
@@ -53,3 +55,22 @@ def test_limit_is_on_pixels_not_on_sides(preprocess: ModuleType) -> None:
     assert preprocess.decode(data, 64, 64, 37 * 700).shape == (64, 64, 3)
     with pytest.raises(preprocess.BadImage, match="37x700 is over 25899 pixels"):
         preprocess.decode(data, 64, 64, 37 * 700 - 1)
+
+
+@pytest.mark.parametrize("side", [64, 96])
+@pytest.mark.parametrize("photo", sorted(PHOTOS.glob("*.jpg")), ids=lambda path: path.stem)
+def test_fast_jpeg_is_nearly_the_same(preprocess: ModuleType, photo: Path, side: int) -> None:
+    """A photo of 4 to 10 times the model's size, as 2 megapixels are of 256 pixels."""
+    data = photo.read_bytes()
+    exact = preprocess.decode(data, side, side, 10**6).astype(int)
+    fast = preprocess.decode(data, side, side, 10**6, fast_jpeg=True).astype(int)
+    assert 0 < abs(fast - exact).mean() < 1
+    assert abs(fast - exact).max() <= 40
+
+
+def test_fast_jpeg_changes_nothing_else(preprocess: ModuleType) -> None:
+    """No other kind of file, and no JPEG below four times the model's size (two each way)."""
+    for path in sorted((GOLDENS / "images").iterdir()):
+        side = 16 if path.suffix != ".jpg" else 256
+        exact, fast = (preprocess.decode(path.read_bytes(), side, side, 10**6, f) for f in (0, 1))
+        np.testing.assert_array_equal(fast, exact, str(path))

@@ -33,6 +33,7 @@ class Settings:
     top_k: int
     device: str = "cpu"  # where it will be fast; it runs on both
     neck_precision: str = "fp32"  # on the wire
+    fast_jpeg: bool = False
 
 
 def fill(
@@ -54,6 +55,8 @@ def fill(
             tensor.dims[:] = dims.get(tensor.name, tensor.dims)
             if tensor.name in ("neck", "neck__2") and settings.neck_precision == "fp16":
                 tensor.data_type = DataType.TYPE_FP16
+        if config.name == "preprocess":
+            config.parameters["fast_jpeg"].string_value = str(settings.fast_jpeg).lower()
         if config.name == "vit":
             _fill_vit(config, checkpoint, settings, sha256)
         path.write_text(text_format.MessageToString(config))
