@@ -6,6 +6,7 @@
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
 # make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
+# make bench-gpu  the same network on a GPU: bare, and served with settings tried out
 # make clean  remove what all of these have made
 
 .DEFAULT_GOAL := demo
@@ -39,6 +40,9 @@ load: $(BUILT) $(INSTALLED_DEV)
 
 bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
 	$(BIN)/python -m bench $(ARGS)
+
+bench-gpu: $(INSTALLED_DEV)
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 soak: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.reliability.soak $(ARGS)

@@ -67,13 +67,13 @@ def markdown(facts: dict[str, Any], rounds: list[Round]) -> str:
         f"`embed` of {network}, Triton {facts['triton']}, on {facts['machine']}. The servers at "
         f"concurrency {facts['concurrency']}. Medians of {len(rounds)} rounds.",
         "",
-        *_table("| | images/s | of the limit | rounds |", _throughput(rounds)),
+        *table("| | images/s | of the limit | rounds |", _throughput(rounds)),
         "",
         f"Latency at the same {facts['rate']:.1f} requests/s, which come at the same times:",
         "",
-        *_table("| | p50 ms | p99 ms | images/s |", _latency(rounds)),
+        *table("| | p50 ms | p99 ms | images/s |", _latency(rounds)),
         "",
-        *_table("| goal | at least | measured | reached |", _goals(rounds)),
+        *table("| goal | at least | measured | reached |", _goals(rounds)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -113,6 +113,6 @@ def _medians(rounds: list[Round], figures: Callable[[Round], dict[str, float]]) 
     return {name: median(found[name] for found in each) for name in each[0]}
 
 
-def _table(head: str, rows: list[list[str]]) -> list[str]:
+def table(head: str, rows: list[list[str]]) -> list[str]:
     rule = "| --- |" + " ---: |" * (head.count("|") - 2)
     return [head, rule, *(f"| {' | '.join(row)} |" for row in rows)]

@@ -1,0 +1,132 @@
+"""JPEG decoders: how many images a second, and how far their pixels are from Pillow's."""
+
+import io
+import itertools
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from .bare import Run
+from .device import Device
+
+Decode = Callable[[list[bytes]], list[Tensor]]  # whole images, uint8 [3, H, W] on the device
+CORES = len(os.sched_getaffinity(0))
+
+
+class Decoders:
+    """Those that are installed, each followed by torch's resize on the device.
+
+    Pillow with Pillow's own resize is what the others are compared with: `preprocess` does that.
+    """
+
+    def __init__(self, device: Device, size: tuple[int, int]) -> None:
+        self.device, self.size = device, size
+        self.pool = ThreadPoolExecutor(CORES)
+        self.decode: dict[str, Decode] = {"Pillow, resized by torch": self._pillow_whole}
+        self.missing: list[str] = []
+        for name, make in {"torchvision": _torchvision, "nvImageCodec": _nvimgcodec}.items():
+            try:
+                self.decode[f"{name}, resized by torch"] = make(device)
+            except (ImportError, OSError, RuntimeError) as e:
+                self.missing.append(f"{name}: {str(e).splitlines()[0]}")
+
+    def pillow(self, files: Sequence[bytes]) -> Tensor:
+        """[N, H, W, 3], all cores at it."""
+        return torch.from_numpy(np.stack(list(self.pool.map(self._pillow_one, files))))
+
+    def other(self, name: str, files: Sequence[bytes]) -> Tensor:
+        """The same by another decoder, on the device."""
+        return torch.stack([self._resized(image) for image in self.decode[name](list(files))])
+
+    def measure(
+        self, files: Sequence[bytes], run: Run, batch: int, seconds: float, rounds: int
+    ) -> dict[str, Any]:
+        """Rates in turns, of `batch` files at a time; then how the answers of `run` differ."""
+        many = list(itertools.islice(itertools.cycle(files), batch))
+        ways: dict[str, Callable[[], Tensor]] = {
+            f"Pillow on {CORES} cores": lambda: self.pillow(many)
+        }
+        for name in self.decode:
+            ways[name] = lambda name=name: self.other(name, many)  # type: ignore[misc]
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                rates[name].append(batch * self._per_second(way, seconds))
+        expected = self.pillow(files)
+        differences = {
+            name: _difference(self.other(name, files), expected.to(self.device.kind), run)
+            for name in self.decode
+        }
+        return {"rates": rates, "differences": differences, "missing": self.missing}
+
+    def _per_second(self, way: Callable[[], Tensor], seconds: float) -> float:
+        """By the host's clock: most of the work is there. The first run does not count."""
+        way()
+        count, began = 0, time.perf_counter()
+        while (took := time.perf_counter() - began) < seconds or not count:
+            way()[0, 0, 0, 0].item()  # until the device is done
+            count += 1
+        return count / took
+
+    def _pillow_one(self, data: bytes) -> Any:
+        with Image.open(io.BytesIO(data)) as image:
+            height, width = self.size
+            return np.asarray(
+                image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+            )
+
+    def _pillow_whole(self, files: list[bytes]) -> list[Tensor]:
+        def one(data: bytes) -> Tensor:
+            with Image.open(io.BytesIO(data)) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+        return [image.to(self.device.kind) for image in self.pool.map(one, files)]
+
+    def _resized(self, image: Tensor) -> Tensor:
+        """As Pillow's bicubic, which widens its filter where an image shrinks; [H, W, 3]."""
+        small = F.interpolate(image[None].float(), self.size, mode="bicubic", antialias=True)
+        return small[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+def _difference(actual: Tensor, expected: Tensor, run: Run) -> dict[str, float]:
+    """Of the pixels in levels (0 to 255), and of what the network says to them, the worst photo."""
+    levels = (actual.int() - expected.int()).abs()
+    ours, theirs = run(actual), run(expected)
+    return {
+        "mean level": float(levels.float().mean()),
+        "highest level": float(levels.max()),
+        "lowest embedding cosine": float(torch.cosine_similarity(ours[1], theirs[1]).min()),
+        "top-1 agreement": float((ours[4][:, 0] == theirs[4][:, 0]).float().mean()),
+    }
+
+
+def _torchvision(device: Device) -> Decode:
+    """nvJPEG on a GPU."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-not-found]
+
+    def decode(files: list[bytes]) -> list[Tensor]:
+        data = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+        images: list[Tensor] = decode_jpeg(data, mode=ImageReadMode.RGB, device=device.kind)
+        return images
+
+    return decode
+
+
+def _nvimgcodec(device: Device) -> Decode:
+    from nvidia import nvimgcodec  # type: ignore[import-not-found]
+
+    decoder = nvimgcodec.Decoder()
+
+    def decode(files: list[bytes]) -> list[Tensor]:
+        images = decoder.decode(files)
+        return [torch.as_tensor(image, device=device.kind).permute(2, 0, 1) for image in images]
+
+    return decode

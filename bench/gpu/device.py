@@ -1,0 +1,102 @@
+"""The device that is measured: its clock, its own limits, and what it is."""
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.load.triton import machine
+
+
+class NoGpuError(Exception):
+    """There is nothing to measure; the message is for the person."""
+
+
+class Device:
+    """A GPU, or the CPU to try the script without one."""
+
+    def __init__(self, kind: str) -> None:
+        if kind == "cuda":
+            if torch.version.cuda is None:
+                raise NoGpuError(
+                    f"this needs a GPU, and torch {torch.__version__} has no CUDA: install PyPI's"
+                )
+            if not torch.cuda.is_available():
+                raise NoGpuError(f"torch {torch.__version__} finds no GPU that it can use")
+        self.kind = kind
+
+    def seconds(self, run: Callable[[], object], count: int) -> float:
+        """Of `count` runs in a row, by the device's own clock."""
+        if self.kind == "cpu":
+            began = time.perf_counter()
+            for _ in range(count):
+                run()
+            return time.perf_counter() - began
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+    def per_second(self, run: Callable[[], object], seconds: float) -> float:
+        """Runs a second, over about that many seconds. It must be warm."""
+        count = max(1, round(seconds / (self.seconds(run, 2) / 2)))
+        return count / self.seconds(run, count)
+
+    def matrix_rates(
+        self, sizes: list[int], dtype: torch.dtype, seconds: float
+    ) -> dict[str, float]:
+        """TFLOP/s of square matrix products. Of random numbers: zeros take less power, and run
+        faster than any network's numbers would.
+        """
+        rates = {}
+        for size in sizes:
+            a, b = (torch.randn(size, size, device=self.kind, dtype=dtype) for _ in range(2))
+            out = torch.empty_like(a)
+
+            def run(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
+                torch.matmul(a, b, out=out)
+
+            self.seconds(run, 3)
+            rates[str(size)] = self.per_second(run, seconds) * 2 * size**3 / 1e12
+        return rates
+
+    def copy_rate(self, mebibytes: int, seconds: float) -> float:
+        """GB/s of memory, bytes read and bytes written, in a copy."""
+        source = torch.empty(mebibytes << 20, dtype=torch.uint8, device=self.kind).random_()
+        target = torch.empty_like(source)
+
+        def run() -> None:
+            target.copy_(source)
+
+        self.seconds(run, 3)
+        return self.per_second(run, seconds) * 2 * source.nbytes / 1e9
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader has to know to compare."""
+        versions = {"torch": torch.__version__, "CUDA of torch": torch.version.cuda or "none"}
+        if self.kind == "cpu":
+            return {"device": "the CPU: these figures mean nothing", "host": machine(), **versions}
+        properties = torch.cuda.get_device_properties(0)
+        return {
+            "device": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+            "driver, power limit, highest clock": _nvidia_smi(),
+            "host": machine(),
+            **versions,
+        }
+
+
+def _nvidia_smi() -> str:
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    query = "--query-gpu=driver_version,power.limit,clocks.max.sm"
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={gpu}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return f"unknown: {e}"
