@@ -49,7 +49,7 @@ def goals(results: Results) -> list[list[str]]:
 def _verdict(goal: float, value: float | None, why: str) -> list[str]:
     if value is None:
         return [f"{goal:g}", "not measured", "open"]
-    return [f"{goal:g}", f"{value:.4g}", why or ("yes" if value >= goal else "no")]
+    return [f"{goal:g}", f"{value:.5g}", why or ("yes" if value >= goal else "no")]
 
 
 def _bare(found: Results) -> list[str]:

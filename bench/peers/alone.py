@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import network
 import numpy as np
@@ -29,13 +30,28 @@ def per_second(run: Callable[[], object], images: int, seconds: float) -> float:
 
 
 def torchscript(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """model.pt at each batch size."""
+    """model.pt at each batch size: all cores on one batch, and each core on one of its own."""
     served = network.Served(repository)
     pixels = _pixels(photos, served.size)
-    return {
-        str(batch): per_second(partial(served.embed, pixels[:batch]), batch, seconds / len(BATCHES))
+    share = seconds / len(BATCHES) / 2
+    figures = {
+        str(batch): per_second(partial(served.embed, pixels[:batch]), batch, share)
         for batch in BATCHES
     }
+    with ThreadPoolExecutor(CORES, initializer=_one_thread) as pool:
+        for batch in BATCHES:
+            rows = [pixels[:batch]] * CORES
+
+            def each(rows: list[list[Pixels]] = rows) -> None:
+                list(pool.map(served.embed, rows))
+
+            figures[f"{batch} a core"] = per_second(each, batch * CORES, share)
+    return figures
+
+
+def _one_thread() -> None:
+    torch.zeros(1).exp()  # torch sets the process's count at a thread's first use
+    torch.set_num_threads(1)
 
 
 def eager(repository: Path, photos: list[bytes], seconds: float) -> Figures:
@@ -67,7 +83,7 @@ def pillow(repository: Path, photos: list[bytes], seconds: float) -> Figures:
 
 
 def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """The same network compiled by OpenVINO in bf16, at each batch size."""
+    """The same network compiled by OpenVINO in bf16: one stream of all cores, and one a core."""
     import openvino as ov  # type: ignore[import-untyped]
 
     module = network.eager(repository)
@@ -76,17 +92,22 @@ def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
     example = torch.from_numpy(np.stack(pixels[:2]))
     with torch.inference_mode():
         model = ov.convert_model(module, example_input=example)
-    settings = {
-        "INFERENCE_PRECISION_HINT": "bf16",
-        "INFERENCE_NUM_THREADS": CORES,
-        "NUM_STREAMS": 1,
-    }
+    share = seconds / len(BATCHES) / 2
     figures = {}
     for batch in BATCHES:
         model.reshape([batch, *size, 3])
-        compiled = ov.Core().compile_model(model, "CPU", settings)
         rows = np.stack(pixels[:batch])
-        figures[str(batch)] = per_second(partial(compiled, rows), batch, seconds / len(BATCHES))
+        for streams, name in ((1, f"{batch}"), (CORES, f"{batch} a core")):
+            settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": CORES}
+            compiled = ov.Core().compile_model(model, "CPU", {**settings, "NUM_STREAMS": streams})
+            queue = ov.AsyncInferQueue(compiled, streams)
+
+            def each(queue: Any = queue, rows: Pixels = rows, streams: int = streams) -> None:
+                for _ in range(streams):
+                    queue.start_async(rows)
+                queue.wait_all()
+
+            figures[name] = per_second(each, batch * streams, share)
     return figures
 
 
