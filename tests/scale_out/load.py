@@ -15,8 +15,8 @@ import numpy.typing as npt
 from PIL import Image
 from vit_client import AsyncClient, Client
 
-CALLERS = 8  # of single images, beside one stream
-PAUSE = 0.05  # seconds between the calls of one: the servers that start need the cores too
+CALLERS = 5  # of single images, of each client, beside one stream
+PAUSE = 0.1  # seconds between the calls of one: the servers that start need the cores too
 
 
 @dataclass
@@ -60,26 +60,28 @@ class Load:
 
 
 @contextlib.contextmanager
-def load(
-    kind: type[Client] | type[AsyncClient], url: str, right_url: str, **settings: Any
-) -> Iterator[Load]:
-    """A client of this kind under load, single calls and a stream, while the block runs.
+def load(url: str, right_url: str, **settings: Any) -> Iterator[Load]:
+    """A Client and an AsyncClient, each with single calls and a stream, while the block runs.
 
     Args:
         right_url: the server whose answers are right.
-        settings: the client's.
+        settings: those of both clients.
     """
     images = [png(seed) for seed in range(20)]
     with Client(right_url) as client:
         state = Load(images, client.embed(images))
-    run = _run_client if kind is Client else lambda *given: asyncio.run(_run_async(*given))
-    thread = threading.Thread(target=run, args=(state, url, settings))
-    thread.start()
+    threads = [
+        threading.Thread(target=_run_client, args=(state, url, settings)),
+        threading.Thread(target=lambda: asyncio.run(_run_async(state, url, settings))),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield state
     finally:
         state.ended = True
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
 def _run_client(state: Load, url: str, settings: dict[str, Any]) -> None:
