@@ -55,9 +55,11 @@ class Result:
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     samples: list[tuple[float, Footprint]] = field(default_factory=list)
+    ended: bool = False
 
     def faults(self) -> list[str]:
-        return self.wrong + growth(self.samples)
+        ended = ["the server has ended"] if self.ended else []
+        return ended + self.wrong + growth(self.samples)
 
 
 def known(repository: Path) -> tuple[list[Known], list[Known]]:
@@ -168,7 +170,7 @@ class Traffic:
             self.result.wrong.append(outcome)
 
     async def work(self, actions: list[Callable[[], Awaitable[None]]], going: Any) -> None:
-        while going():
+        while going() and not self.result.ended:
             action = self.rng.choice(actions)
             try:
                 await action()
@@ -233,7 +235,14 @@ async def vanish(url: str, folder: str, traffic: Traffic, end: float) -> None:
 async def watch(pid: int, result: Result, going: Callable[[], bool]) -> None:
     start = time.monotonic()
     while going():
-        result.samples.append((time.monotonic() - start, footprint(pid)))
+        now = footprint(pid)
+        if "tritonserver" not in now.processes:
+            result.ended = True
+            return
+        result.samples.append((time.monotonic() - start, now))
+        if len(result.samples) % 15 == 1:
+            seconds, done = time.monotonic() - start, sum(result.counts.values())
+            print(f"{seconds:.0f} s, {done:,} answers: {now}", file=sys.stderr, flush=True)
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
