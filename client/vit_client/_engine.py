@@ -14,7 +14,7 @@ from ._channel import Settings
 from ._connection import Connection
 from ._images import ENCODED, Refused, Unusable, encode, name_of
 from ._source import chunks
-from .errors import BadImage, InvalidRequest
+from .errors import BadImage, InvalidRequest, ServerError
 from .types import Item
 
 # A request keeps well below the 64 MB that proxies and servers commonly allow.
@@ -94,7 +94,13 @@ class Engine:
                     results[position] = Refused(reason)
                     del files[position]
             else:
-                results.update(zip(files, _wire.answer(task, response, top_k), strict=True))
+                answers = _wire.answer(task, response, top_k)
+                if len(answers) != len(files):  # seen once, from a Triton 2.51 about to crash
+                    raise ServerError(
+                        f"the server answered {len(files)} images with {len(answers)} rows",
+                        task=task,
+                    )
+                results.update(zip(files, answers, strict=True))
                 break
         return results
 

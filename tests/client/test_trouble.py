@@ -31,6 +31,7 @@ from vit_client import (
     ServerError,
     Unavailable,
     VitClientError,
+    _wire,
 )
 from vit_client._retry import RetryBudget, backoff
 
@@ -91,6 +92,15 @@ def test_what_will_not_pass_is_not_tried_again(
         client.embed(IMAGE)
     assert proxy.inferences == 1
     assert not caught.value.retryable
+
+
+def test_an_answer_to_another_number_of_images(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = _wire.answer
+    monkeypatch.setattr(_wire, "answer", lambda *given: right(*given) * 2)
+    with pytest.raises(ServerError, match="answered 1 images with 2 rows"):
+        client.embed(IMAGE)
 
 
 def test_bad_images_are_not_retried(proxy: Proxy) -> None:
