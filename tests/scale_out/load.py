@@ -41,7 +41,8 @@ class Load:
             time.sleep(0.05)
 
     def __str__(self) -> str:
-        return f"{self.answers} answers, {len(self.lost)} lost, slowest {self.slowest:.2f} s"
+        lost = "".join(f"\n  lost: {reason}" for reason in self.lost)
+        return f"{self.answers} answers, {len(self.lost)} lost, slowest {self.slowest:.2f} s{lost}"
 
     def start(self) -> tuple[int, bytes, float]:
         """The next image, and when it was sent."""
