@@ -138,10 +138,13 @@ class Connection:
     ) -> Any:
         opened = self._open()
         opened.calls += 1
+        left = max(0.0, deadline - time.monotonic())
+        if method == "ModelInfer":
+            message.parameters["timeout"].int64_param = _wire.queue_timeout(left)
         try:
             return await getattr(opened.stub, method)(
                 message,
-                timeout=max(0.0, deadline - time.monotonic()),
+                timeout=left,
                 metadata=self.settings.metadata,
             )
         except grpc.RpcError as failure:

@@ -31,6 +31,12 @@ def request(task: str, files: Sequence[bytes]) -> pb.ModelInferRequest:
     return message
 
 
+def queue_timeout(left: float) -> int:
+    """For how many microseconds a request may wait in the server's queue, of the seconds that are
+    left to it: half. One that leaves the queue as its time ends is work for nobody."""
+    return max(1, int(left * 500_000))
+
+
 def answer(task: str, response: pb.ModelInferResponse, top_k: int) -> list[Any]:
     """The answer to each row. Arrays are read-only views into the response."""
     raw = {
