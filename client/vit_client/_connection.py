@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
+import random
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,10 @@ from .errors import (
     is_stopping,
 )
 from .types import Model
+
+# A server that stops says so at once, and with several servers the next try is likely another's.
+# So many tries are not counted: of two servers, every second try is for the one that stops.
+_MOST_TURNED_AWAY = 16
 
 # Seconds that a channel is kept even if a server behind it stops.
 _MIN_CHANNEL_AGE = 1.0
@@ -114,7 +118,8 @@ class Connection:
         deadline = time.monotonic() + timeout
         await self._take_slot(timeout, task)
         try:
-            for attempt in itertools.count():
+            attempt = turned_away = 0
+            while True:
                 try:
                     response = await self._try(method, message, task, timeout, deadline)
                 except asyncio.CancelledError:
@@ -123,8 +128,13 @@ class Connection:
                         raise self.closed_meanwhile(task) from None
                     raise
                 except VitClientError as error:
-                    pause = self._pause(error, attempt, deadline) if attempt < left else None
-                    if pause is None:
+                    if is_stopping(error) and turned_away < _MOST_TURNED_AWAY and left:
+                        turned_away += 1
+                        pause: float | None = random.uniform(0, 0.05)
+                    else:
+                        pause = self._pause(error, attempt, deadline) if attempt < left else None
+                        attempt += 1
+                    if pause is None or time.monotonic() + pause >= deadline:
                         raise
                     await asyncio.sleep(pause)
                 else:

@@ -59,6 +59,18 @@ def test_what_may_pass_is_tried_again(proxy: Proxy, refusal: tuple[grpc.StatusCo
     assert proxy.inferences == 3
 
 
+def test_a_server_that_stops_costs_no_retry(proxy: Proxy) -> None:
+    """Of two servers, every second try is for the one that stops."""
+    proxy.refusals = [STOPPING] * 10
+    with Client(proxy.url, retries=1) as client:
+        assert client.embed(IMAGE).shape == (64,)
+    assert proxy.inferences == 11
+    proxy.refusals, proxy.forever = [STOPPING], True
+    with Client(proxy.url, retries=1) as client, pytest.raises(Unavailable):
+        client.embed(IMAGE)
+    assert proxy.inferences == 11 + 16 + 2
+
+
 @pytest.mark.parametrize(
     ("refusal", "kind"), [(GONE, Unavailable), (FULL, Overloaded), (EXPIRED, Overloaded)]
 )
