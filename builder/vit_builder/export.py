@@ -10,15 +10,29 @@ from .model import ViT
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Normalise(nn.Module):
+    """uint8 [N, H, W, 3] -> what the network takes, [N, 3, H, W]; calculated in fp32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, checkpoint: Checkpoint, precision: str) -> None:
+        super().__init__()
+        self.dtype = DTYPES[precision]
+        self.register_buffer("mean", torch.tensor(checkpoint.rgb_mean) * 255)
+        self.register_buffer("std", torch.tensor(checkpoint.rgb_std) * 255)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+        return x.to(self.dtype)
+
+
 class ServedViT(nn.Module):
     """Pixels in, the five outputs of the wire contract out.
 
     Normalising happens here, so that a quarter of the bytes cross to the GPU. Softmax and top-k
     happen here because Triton's own classification extension sorts all classes on the CPU.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self,
@@ -29,22 +43,18 @@ class ServedViT(nn.Module):
         neck_precision: str = "fp32",
     ) -> None:
         super().__init__()
-        self.dtype = DTYPES[precision]
-        self.network = network.to(self.dtype)
+        self.normalise: nn.Module = Normalise(checkpoint, precision)
+        self.network = network.to(DTYPES[precision])
         # The head stays in fp32: bf16 logits would tie classes that are 1/256 apart.
         self.network.classifier.float()
         self.top_k = top_k
         self.neck_dtype = DTYPES[neck_precision]
-        # Channels are the last axis of the pixels. Normalising is always done in fp32.
-        self.register_buffer("mean", torch.tensor(checkpoint.rgb_mean) * 255)
-        self.register_buffer("std", torch.tensor(checkpoint.rgb_std) * 255)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """uint8 [N, H, W, 3] -> probabilities [N, C], embedding [N, D], neck [N, D, h, w],
         top_scores [N, K] (all fp32, but neck as chosen) and top_indices [N, K] (int32), best first.
         """
-        x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
-        logits, embedding, neck = self.network(x.to(self.dtype))
+        logits, embedding, neck = self.network(self.normalise(pixels))
         probabilities = logits.softmax(dim=1)
         top_scores, top_indices = probabilities.topk(self.top_k, dim=1)
         return probabilities, embedding, neck.to(self.neck_dtype), top_scores, top_indices.int()
@@ -59,8 +69,11 @@ def trace(
     """
     network = checkpoint.network()
     if device == "cpu":
-        fuse(network, DTYPES[precision])
+        normalise = Normalise(checkpoint, precision)
+        fuse(network, normalise.mean, normalise.std, DTYPES[precision])
     served = ServedViT(network, checkpoint, precision, top_k, neck_precision).eval()
+    if device == "cpu":
+        served.normalise = nn.Identity()  # it is part of the first layer
     height, width = checkpoint.config.image_size
     pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
     with torch.inference_mode():
