@@ -91,7 +91,7 @@ class Bench:
         pixels = bare.pixels(cfg, self.plan.batches, device)
         found: report.Results = {"flops": bare.flops(cfg), "warm_up": {}, "cosines": {}}
         found |= {"missing": [] if compiled else [f"{bare.COMPILED} (--compile)"], "rounds": []}
-        photos = self._photos()
+        photos = decoders.by_pillow(_photos(), cfg.image_size)
         expected = self.network.eager("fp32")(photos)[1]
         runs = {}
         for name in [name for name in bare.WAYS if compiled or name != bare.COMPILED]:
@@ -137,11 +137,9 @@ class Bench:
         say("decoders")
         cfg = self.network.checkpoint.config
         run = bare.WAYS[bare.AS_SERVED](self.network, self.device)
-        files = [path.read_bytes() for path in inputs.photos(inputs.PHOTOS)]
         batch = max(self.plan.batches) // 4
-        measured = decoders.Decoders(self.device, cfg.image_size)
-        with torch.inference_mode():
-            found = measured.measure(files, run, batch, self.seconds, self.rounds)
+        measured = decoders.Decoders(self.device, cfg.image_size, _photos())
+        found = measured.measure(run, batch, self.seconds, self.rounds)
         return {"batch": batch, **found}
 
     def _yardstick(self) -> Callable[[], float]:
@@ -157,10 +155,9 @@ class Bench:
 
         return rate
 
-    def _photos(self) -> torch.Tensor:
-        size = self.network.checkpoint.config.image_size
-        files = [path.read_bytes() for path in inputs.photos(inputs.PHOTOS)]
-        return decoders.Decoders(self.device, size).pillow(files)
+
+def _photos() -> list[bytes]:
+    return [path.read_bytes() for path in inputs.photos(inputs.PHOTOS)]
 
 
 def main() -> int:

@@ -4,7 +4,7 @@ import io
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from .bare import Run
 from .device import Device
@@ -27,30 +28,31 @@ class Decoders:
     Pillow with Pillow's own resize is what the others are compared with: `preprocess` does that.
     """
 
-    def __init__(self, device: Device, size: tuple[int, int]) -> None:
-        self.device, self.size = device, size
+    def __init__(self, device: Device, size: tuple[int, int], files: list[bytes]) -> None:
+        self.device, self.size, self.files = device, size, files
         self.pool = ThreadPoolExecutor(CORES)
         self.decode: dict[str, Decode] = {"Pillow, resized by torch": self._pillow_whole}
         self.missing: list[str] = []
         for name, make in {"torchvision": _torchvision, "nvImageCodec": _nvimgcodec}.items():
             try:
-                self.decode[f"{name}, resized by torch"] = make(device)
-            except (ImportError, OSError, RuntimeError) as e:
-                self.missing.append(f"{name}: {str(e).splitlines()[0]}")
+                decode = make(device)
+                decode(files)
+            except Exception as e:  # whatever a package does here, the others are measured
+                self.missing.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0]}")
+            else:
+                self.decode[f"{name}, resized by torch"] = decode
 
     def pillow(self, files: Sequence[bytes]) -> Tensor:
         """[N, H, W, 3], all cores at it."""
-        return torch.from_numpy(np.stack(list(self.pool.map(self._pillow_one, files))))
+        return by_pillow(files, self.size, self.pool.map)
 
     def other(self, name: str, files: Sequence[bytes]) -> Tensor:
         """The same by another decoder, on the device."""
         return torch.stack([self._resized(image) for image in self.decode[name](list(files))])
 
-    def measure(
-        self, files: Sequence[bytes], run: Run, batch: int, seconds: float, rounds: int
-    ) -> dict[str, Any]:
+    def measure(self, run: Run, batch: int, seconds: float, rounds: int) -> dict[str, Any]:
         """Rates in turns, of `batch` files at a time; then how the answers of `run` differ."""
-        many = list(itertools.islice(itertools.cycle(files), batch))
+        many = list(itertools.islice(itertools.cycle(self.files), batch))
         ways: dict[str, Callable[[], Tensor]] = {
             f"Pillow on {CORES} cores": lambda: self.pillow(many)
         }
@@ -60,9 +62,9 @@ class Decoders:
         for _ in range(rounds):
             for name, way in ways.items():
                 rates[name].append(batch * self._per_second(way, seconds))
-        expected = self.pillow(files)
+        expected = self.pillow(self.files)
         differences = {
-            name: _difference(self.other(name, files), expected.to(self.device.kind), run)
+            name: _difference(self.other(name, self.files), expected.to(self.device.kind), run)
             for name in self.decode
         }
         return {"rates": rates, "differences": differences, "missing": self.missing}
@@ -76,13 +78,6 @@ class Decoders:
             count += 1
         return count / took
 
-    def _pillow_one(self, data: bytes) -> Any:
-        with Image.open(io.BytesIO(data)) as image:
-            height, width = self.size
-            return np.asarray(
-                image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-            )
-
     def _pillow_whole(self, files: list[bytes]) -> list[Tensor]:
         def one(data: bytes) -> Tensor:
             with Image.open(io.BytesIO(data)) as image:
@@ -94,6 +89,19 @@ class Decoders:
         """As Pillow's bicubic, which widens its filter where an image shrinks; [H, W, 3]."""
         small = F.interpolate(image[None].float(), self.size, mode="bicubic", antialias=True)
         return small[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+def by_pillow(
+    files: Sequence[bytes], size: tuple[int, int], apply: Callable[..., Iterable[Any]] = map
+) -> Tensor:
+    """[N, H, W, 3]: what `preprocess` makes of them."""
+
+    def one(data: bytes) -> Any:
+        with Image.open(io.BytesIO(data)) as image:
+            rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+            return np.asarray(rgb)
+
+    return torch.from_numpy(np.stack(list(apply(one, files))))
 
 
 def _difference(actual: Tensor, expected: Tensor, run: Run) -> dict[str, float]:
@@ -124,9 +132,13 @@ def _nvimgcodec(device: Device) -> Decode:
     from nvidia import nvimgcodec  # type: ignore[import-not-found]
 
     decoder = nvimgcodec.Decoder()
+    params = nvimgcodec.DecodeParams(apply_exif_orientation=False)  # as Pillow
 
     def decode(files: list[bytes]) -> list[Tensor]:
-        images = decoder.decode(files)
-        return [torch.as_tensor(image, device=device.kind).permute(2, 0, 1) for image in images]
+        images = decoder.decode(files, params=params)
+        if None in images:  # why, it has said on standard error
+            raise RuntimeError("a photo was not decoded")
+        tensors = [from_dlpack(image.to_dlpack()) for image in images]
+        return [tensor.to(device.kind).permute(2, 0, 1) for tensor in tensors]
 
     return decode

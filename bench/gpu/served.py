@@ -1,7 +1,6 @@
 """The network behind Triton: settings tried one after the other, then the chosen ones measured."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -62,8 +61,7 @@ class Bench:
     @contextlib.contextmanager
     def server(self, settings: Settings) -> Iterator[Address]:
         """A server with these settings, on the device that is measured."""
-        name = json.dumps(asdict(settings))
-        repository = self.folder / "".join(c if c.isalnum() else "-" for c in name)
+        repository = self.folder / "-".join(map(str, asdict(settings).values()))
         write(self.built, repository, settings)
         try:
             with local_server(repository) as address:
