@@ -51,6 +51,7 @@ async def stop_under_load(server: Server, number: int, before: Counter[str]) -> 
         asking = [asyncio.ensure_future(ask(stub, task)) for task in TASKS * 16]
         while sum(before.values()) < 100:
             await asyncio.sleep(0.1)
+        assert set(before) == {"answered"}
         answered = before["answered"]
         server.process.send_signal(number)
         told = time.monotonic()
