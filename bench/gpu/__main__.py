@@ -48,7 +48,7 @@ PLANS = {
         precision="fp16",
         batches=[1, 2, 4, 8, 16, 32, 64, 128, 256],
         matrices=[4096, 8192, 16384],
-        copied=4096,
+        copied=1024,
         grid={
             "instances": [1, 2, 4],
             "max_batch_size": [64, 128, 256],
