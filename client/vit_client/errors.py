@@ -170,6 +170,8 @@ _OVERLOAD_TEXTS = (
 )
 # As it starts, and already as it stops: with several servers, another one will answer.
 _NOT_LOADED = "has no available versions"
+# Of a Python model: the process that it runs in has ended, or stands still.
+_MODEL_DIED = "is not healthy"
 _STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
 
 # For gRPC, a server that is not trusted is one that cannot be reached.
@@ -205,7 +207,7 @@ def from_grpc(
         kind = Overloaded
     elif "larger than max" in lower:  # a message, also RESOURCE_EXHAUSTED
         kind = InvalidRequest
-    elif _NOT_LOADED in lower:
+    elif _NOT_LOADED in lower or _MODEL_DIED in lower:
         kind = Unavailable
     elif "request for unknown model" in lower:
         kind = ModelNotServed
@@ -225,6 +227,8 @@ def _message(
 ) -> str:
     if _NOT_LOADED in details:
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
+    if _MODEL_DIED in details:
+        return f"the server at {url} has lost a model ({details})"
     if kind is Unavailable:
         return f"no server at {url}{_unavailable_hint(url, details)} ({details or code.name})"
     if kind is DeadlineExceeded:

@@ -45,13 +45,14 @@ STOPPING = (
     grpc.StatusCode.NOT_FOUND,
     "Request for unknown model: 'embed' has no available versions",
 )
+DIED = (grpc.StatusCode.INTERNAL, "Stub process 'vit_0' is not healthy.")
 EXPIRED = (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
 
 
 # -- retries -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refusal", [GONE, FULL, EXPIRED, STOPPING])
+@pytest.mark.parametrize("refusal", [GONE, FULL, EXPIRED, STOPPING, DIED])
 def test_what_may_pass_is_tried_again(proxy: Proxy, refusal: tuple[grpc.StatusCode, str]) -> None:
     proxy.refusals = [refusal, refusal]
     with Client(proxy.url) as client:
@@ -91,7 +92,7 @@ def test_in_the_end_it_is_told_what_it_was(
     [
         (grpc.StatusCode.INVALID_ARGUMENT, "unexpected shape", InvalidRequest),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max", InvalidRequest),
-        (grpc.StatusCode.INTERNAL, "Stub process is not healthy", ServerError),
+        (grpc.StatusCode.INTERNAL, "out of memory", ServerError),
         (grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'embed'", ModelNotServed),
         (grpc.StatusCode.UNIMPLEMENTED, "", ModelNotServed),
     ],
