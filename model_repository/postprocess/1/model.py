@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from pulse import Pulse
 
 
 class TritonPythonModel:
@@ -12,9 +13,11 @@ class TritonPythonModel:
         # One label a line, by class index. Only "\n" ends a line: labels may hold other breaks.
         labels = path.read_bytes().removesuffix(b"\n").split(b"\n")
         self.labels = np.array(labels, dtype=np.object_)
+        self.pulse = Pulse()
 
     def execute(self, requests):
-        return [self.answer(request) for request in requests]
+        with self.pulse:
+            return [self.answer(request) for request in requests]
 
     def answer(self, request):
         scores = pb_utils.get_input_tensor_by_name(request, "top_scores").as_numpy()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import Image, UnidentifiedImageError
+from pulse import Pulse
 
 # What Pillow may open. Not all it can: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -113,12 +114,14 @@ class TritonPythonModel:
         # As many as the network's: in a container with a CPU limit it is less than the cores.
         threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
         self.pool = ThreadPoolExecutor(int(threads))
+        self.pulse = Pulse()
 
     def execute(self, requests):
-        rows = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy()[:, 0] for r in requests]
-        # Start every row of every request before the first answer is put together.
-        started = [[self.pool.submit(self.decode, data) for data in request] for request in rows]
-        return [self.answer(futures) for futures in started]
+        with self.pulse:
+            rows = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy() for r in requests]
+            # Start every row of every request before the first answer is put together.
+            started = [[self.pool.submit(self.decode, row[0]) for row in batch] for batch in rows]
+            return [self.answer(futures) for futures in started]
 
     def decode(self, data):
         # Returned, not raised: an exception that a future keeps holds the whole batch, in a cycle,

@@ -1,0 +1,47 @@
+"""A model's process that was held up must not answer.
+
+Triton gives a Python model's process up when it has shown no sign of life for a second: stopped,
+starved of CPU, swapped out, the machine suspended. It fails that request, and takes the answer that
+comes late for the next request's, and so on from there (seen with Triton 2.51). So a process that
+was held up ends instead of answering, and that is noticed.
+"""
+
+import os
+import signal
+import threading
+import time
+
+HELD_UP = 0.7  # seconds: Triton looks once a second, and its own sign of life comes every 0.3
+
+
+class Pulse:
+    """Around the work on requests: `with self.pulse: ...`"""
+
+    def __init__(self):
+        self.last = now()
+        self.held_up = self.begun = 0.0
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        while True:
+            time.sleep(0.1)
+            self.beat()
+
+    def beat(self):
+        time_now = now()
+        if time_now - self.last > HELD_UP:
+            self.held_up = time_now
+        self.last = time_now
+
+    def __enter__(self):
+        self.begun = now()
+
+    def __exit__(self, *_):
+        self.beat()  # the thread may not have come to see it yet
+        # The request may have waited for longer than it was worked on.
+        if self.held_up > self.begun - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def now():
+    return time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine is suspended
