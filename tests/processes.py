@@ -36,13 +36,12 @@ def workspaces(pid: int) -> list[Path]:
 
 
 def model_process(pid: int, model: str) -> int:
-    """The process that a model runs in, below the vit-server `pid`."""
-    (found,) = (
+    """A process that a model runs in, below the vit-server `pid`."""
+    return min(
         below
         for below in descendants(pid)
         if f"/{model}/1/" in Path(f"/proc/{below}/cmdline").read_text()
     )
-    return found
 
 
 def tritonserver(pid: int) -> int:

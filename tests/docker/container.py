@@ -28,12 +28,14 @@ class Container:
     metrics_url: str
 
     def kill_stub(self, model: str) -> None:
-        """End the process of a Python model."""
+        """End the processes of a Python model."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         lines = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
-        (stub,) = (child for child, line in lines.items() if f"/models/{model}/1/" in line)
-        os.kill(stub, signal.SIGKILL)
+        stubs = [child for child, line in lines.items() if f"/models/{model}/1/" in line]
+        assert stubs
+        for stub in stubs:
+            os.kill(stub, signal.SIGKILL)
 
 
 @contextlib.contextmanager

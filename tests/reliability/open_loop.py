@@ -1,0 +1,140 @@
+"""Requests that come when they come, whether the server keeps up or not."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+from vit_client import Overloaded, _wire
+from vit_client.errors import from_grpc
+
+NS = 1e-9
+
+
+@dataclass
+class Outcome:
+    """What became of the requests, one image each, and what the server did meanwhile."""
+
+    seconds: float = 0  # until the last answer
+    answered: list[float] = field(default_factory=list)  # seconds each took
+    refused: list[float] = field(default_factory=list)
+    wrong: int = 0
+    other: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)  # by model, those that it executed
+    busy: Counter[str] = field(default_factory=Counter)  # by model, processes at work on average
+
+    @property
+    def rate(self) -> float:
+        return len(self.answered) / self.seconds
+
+    def __str__(self) -> str:
+        def ms(seconds: list[float]) -> str:
+            if not seconds:
+                return "none"
+            p50, p99, last = (1000 * np.quantile(seconds, q) for q in (0.5, 0.99, 1))
+            return f"{len(seconds)} in p50 {p50:.1f}, p99 {p99:.1f}, max {last:.1f} ms"
+
+        busy = {name: round(share, 2) for name, share in self.busy.items() if share > 0.05}
+        return (
+            f"{self.rate:.1f}/s; answered {ms(self.answered)}; refused {ms(self.refused)}; "
+            f"wrong {self.wrong}, other {dict(self.other)}; images {dict(self.images)}; busy {busy}"
+        )
+
+
+class Load:
+    """Asks `embed` about images whose answers are known."""
+
+    def __init__(self, url: str, images: list[bytes], tolerance: float) -> None:
+        self.url, self.images, self.tolerance = url, images, tolerance
+
+    async def closed(self, callers: int, seconds: float) -> Outcome:
+        """So many callers, each with its next request when the last was answered."""
+
+        async def send(one: Callable[[], Awaitable[None]]) -> None:
+            async def caller() -> None:
+                while time.monotonic() < end:
+                    await one()
+
+            end = time.monotonic() + seconds
+            await asyncio.gather(*(caller() for _ in range(callers)))
+
+        return await self._observe(send)
+
+    async def open(self, rate: float, count: int) -> Outcome:
+        """So many requests a second, at random times, however many are unanswered."""
+
+        async def send(one: Callable[[], Awaitable[None]]) -> None:
+            due = time.monotonic()
+            sent = []
+            for _ in range(count):
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                sent.append(asyncio.ensure_future(one()))
+                due += random.expovariate(rate)
+            await asyncio.gather(*sent)
+
+        return await self._observe(send)
+
+    async def _observe(
+        self, send: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]]
+    ) -> Outcome:
+        async with grpc.aio.insecure_channel(self.url) as channel:
+            stub = GRPCInferenceServiceStub(channel)
+            known = [_embedding(await stub.ModelInfer(_request(data))) for data in self.images]
+            outcome = Outcome()
+
+            async def one() -> None:
+                i = random.randrange(len(known))
+                started = time.monotonic()
+                try:
+                    response = await stub.ModelInfer(_request(self.images[i]), timeout=120)
+                except grpc.aio.AioRpcError as failure:
+                    error = from_grpc(failure, url="", task="embed", timeout=120)
+                    if isinstance(error, Overloaded):
+                        outcome.refused.append(time.monotonic() - started)
+                    else:
+                        outcome.other[str(error)] += 1
+                    return
+                outcome.answered.append(time.monotonic() - started)
+                difference = np.abs(_embedding(response) - known[i]).max()
+                outcome.wrong += bool(difference > self.tolerance)
+
+            before = await executed(stub)
+            started = time.monotonic()
+            await send(one)
+            outcome.seconds = time.monotonic() - started
+            after = await executed(stub)
+        for name, (images, seconds) in after.items():
+            outcome.images[name] = images - before[name][0]
+            outcome.busy[name] = (seconds - before[name][1]) / outcome.seconds
+        return outcome
+
+
+async def executed(stub: GRPCInferenceServiceStub) -> dict[str, tuple[int, float]]:
+    """By model: images, and seconds spent on them, by the server's own count."""
+    answer = await stub.ModelStatistics(pb.ModelStatisticsRequest())
+    return {
+        model.name: (
+            model.inference_count,
+            sum(
+                part.ns * NS
+                for batch in model.batch_stats
+                for part in (batch.compute_input, batch.compute_infer, batch.compute_output)
+            ),
+        )
+        for model in answer.model_stats
+    }
+
+
+def _request(data: bytes) -> pb.ModelInferRequest:
+    return _wire.request("embed", [data])
+
+
+def _embedding(response: pb.ModelInferResponse) -> npt.NDArray[np.float32]:
+    return np.frombuffer(response.raw_output_contents[0], np.float32)

@@ -1,0 +1,140 @@
+"""Four times what can be served: bounded waits, quick refusals, nothing wrong, and no work wasted.
+
+`python -m pytest tests/reliability/test_overload.py -s` tells the figures.
+"""
+
+import asyncio
+import io
+import json
+import statistics
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Server
+from PIL import Image
+from vit_client import AsyncClient, DeadlineExceeded, Overloaded
+
+from .open_loop import Load, Outcome
+
+
+def image(seed: int, side: int) -> bytes:
+    """A JPEG that is quickly sent, and takes the longer to decode the larger it is."""
+    colours = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colours).resize((side, side)).save(file, "JPEG", quality=50)
+    return file.getvalue()
+
+
+SMALL = [image(seed, 64) for seed in range(8)]
+LARGE = [image(seed, 1200) for seed in range(8)]
+
+
+@pytest.mark.timeout(600)  # the full-size model takes minutes where others use the cores
+@pytest.mark.parametrize(
+    ("server", "images", "bottleneck", "processes", "tolerance"),
+    [
+        ("tiny_server", LARGE, "preprocess", 2, 1e-4),
+    ],
+)
+def test_four_times_the_load(
+    request: pytest.FixtureRequest,
+    server: str,
+    images: list[bytes],
+    bottleneck: str,
+    processes: int,
+    tolerance: float,
+) -> None:
+    serving: Server = request.getfixturevalue(server)
+    batch = max_batch_size(serving.repository)
+    load = Load(serving.url, images, tolerance)
+    calm = asyncio.run(load.closed(1, 4))
+    peak = asyncio.run(load.closed(4 * batch, 12))
+    # 8 batches may wait before preprocess, 2 are in it, 3 before vit, 1 in it.
+    places = 14 * batch
+    over = asyncio.run(load.open(4 * peak.rate, 6 * places))
+    again = until_calm(load, calm)
+    for name, outcome in {"calm": calm, "peak": peak, "4 x": over, "afterwards": again}.items():
+        print(f"\n{bottleneck}, {name}: {outcome}", end="")
+
+    for outcome in (calm, peak, over, again):
+        assert outcome.wrong == 0
+        assert not outcome.other
+    # At once: a moment beside what the accepted ones wait.
+    assert len(over.refused) > len(over.answered) / 2
+    assert np.quantile(over.refused, 0.9) < statistics.median(over.answered) / 4
+    assert max(over.answered) < 2 * places / over.rate
+    # Refused before anything was done for them; and there is always something to do.
+    # (A few images are vit-server's own, to see whether the models live.)
+    assert over.images["preprocess"] < len(over.answered) + 10
+    assert over.images["vit"] < len(over.answered) + 10
+    assert over.busy[bottleneck] > 0.75 * processes
+
+
+def until_calm(load: Load, calm: Outcome) -> Outcome:
+    """What single requests see once it is as before; fails where that takes longer than 10 s."""
+    deadline = time.monotonic() + 10
+    while True:
+        now = asyncio.run(load.closed(1, 1))
+        if statistics.median(now.answered) < 2 * statistics.median(calm.answered):
+            return now
+        assert time.monotonic() < deadline, f"{now}, before the load: {calm}"
+
+
+def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
+    """Callers with half a second each, and several seconds of work."""
+
+    async def ask(client: AsyncClient, data: bytes) -> str:
+        try:
+            await client.embed(data, timeout=0.5)
+        except (DeadlineExceeded, Overloaded) as error:
+            return type(error).__name__
+        return "answered"
+
+    async def burst() -> list[str]:
+        async with AsyncClient(tiny_server.url, timeout=30, concurrency=120, retries=0) as client:
+            await client.embed(SMALL[0])
+            tasks = [ask(client, LARGE[i % len(LARGE)]) for i in range(120)]
+            return await asyncio.gather(*tasks)
+
+    before = counters(tiny_server)
+    outcomes = asyncio.run(burst())
+    done = {name: count - before[name] for name, count in settled(tiny_server).items()}
+    print(f"\n{outcomes.count('answered')} of 120 answered; the server's count: {done}", end="")
+    assert done["decoded"] <= 64
+    assert done["expired"] >= 120 - 64
+    assert done["vit"] <= done["decoded"]
+
+
+def settled(server: Server) -> dict[str, int]:
+    """The counters once nothing changes any more, but for what vit-server itself asks."""
+    deadline = time.monotonic() + 60
+    last: dict[str, int] = {}
+    now = counters(server)
+    while now["pending"] or now != last:
+        assert time.monotonic() < deadline
+        time.sleep(3)
+        last, now = now, counters(server)
+    return now
+
+
+def counters(server: Server) -> dict[str, int]:
+    """The server's own, from its metrics."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+        lines = [line.rpartition(" ") for line in response.read().decode().splitlines()]
+    metrics = {name: int(float(value)) for name, _, value in lines if name[:1] != "#"}
+    model = 'model="{}",version="1"'
+    failure = 'nv_inference_request_failure{{model="{}",reason="{}",version="1"}}'
+    return {
+        "pending": sum(v for k, v in metrics.items() if "pending_request_count" in k),
+        "decoded": metrics[f"nv_inference_count{{{model.format('preprocess')}}}"],
+        "vit": metrics[f"nv_inference_count{{{model.format('vit')}}}"],
+        "expired": metrics[failure.format("preprocess", "REJECTED")],
+        "cancelled": metrics[failure.format("vit", "CANCELED")],
+    }
+
+
+def max_batch_size(repository: Path) -> int:
+    return int(json.loads((repository / "build_report.json").read_text())["max_batch_size"])
