@@ -11,7 +11,7 @@ exec tritonserver \
     --disable-auto-complete-config \
     --grpc-restricted-protocol="$closed:$key" \
     --http-restricted-api="$closed:$key" \
-    --grpc-max-connection-age=300000 \
+    --grpc-max-connection-age=30000 \
     --backend-config=python,shm-default-byte-size=67108864 \
     --backend-config=python,shm-growth-byte-size=67108864 \
     "$@"
