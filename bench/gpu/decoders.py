@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .bare import Run
-from .device import Device
+from .device import Device, reason
 
 Decode = Callable[[list[bytes]], list[Tensor]]  # whole images, uint8 [3, H, W] on the device
 CORES = len(os.sched_getaffinity(0))
@@ -38,7 +38,7 @@ class Decoders:
                 decode = make(device)
                 decode(files)
             except Exception as e:  # whatever a package does here, the others are measured
-                self.missing.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0]}")
+                self.missing.append(f"{name}: {reason(e)}")
             else:
                 self.decode[f"{name}, resized by torch"] = decode
 

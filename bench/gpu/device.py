@@ -22,10 +22,10 @@ class Device:
         if kind == "cuda":
             if torch.version.cuda is None:
                 raise NoGpuError(
-                    f"this needs a GPU, and torch {torch.__version__} has no CUDA: install PyPI's"
+                    f"this needs a GPU and a torch with CUDA (PyPI's), not {torch.__version__}"
                 )
             if not torch.cuda.is_available():
-                raise NoGpuError(f"torch {torch.__version__} finds no GPU that it can use")
+                raise NoGpuError(f"this needs a GPU, and torch {torch.__version__} finds none")
         self.kind = kind
 
     def seconds(self, run: Callable[[], object], count: int) -> float:
@@ -90,6 +90,11 @@ class Device:
             "host": machine(),
             **versions,
         }
+
+
+def reason(error: Exception) -> str:
+    """An error of somebody's library, in one line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _nvidia_smi() -> str:

@@ -137,7 +137,9 @@ def _decoders(found: Results) -> list[str]:
 
 
 def _notes(found: Results) -> list[str]:
-    return ["", *(f"Not measured: {each}" for each in found["missing"])] if found["missing"] else []
+    return (
+        ["", *(f"- not measured: {each}" for each in found["missing"])] if found["missing"] else []
+    )
 
 
 def _images(found: Results) -> dict[str, dict[str, float]]:
