@@ -40,7 +40,10 @@ def footprint(pid: int) -> Footprint:
     usages = {}
     for process in family(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            usages[_name(process)] = Usage(process.memory_full_info().uss / MIB, process.num_fds())
+            name = _name(process)
+            if name in usages:  # a model may have several
+                name = f"{name} 2"
+            usages[name] = Usage(process.memory_full_info().uss / MIB, process.num_fds())
     blocks = (file.stat().st_blocks for file in Path("/dev/shm").glob(f"vit_server_{pid}_*"))
     return Footprint(usages, sum(blocks) * 512 / MIB)
 
@@ -68,7 +71,8 @@ def peak(pid: int) -> Iterator[dict[str, float]]:
     for process in family(pid):
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
         (kib,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-        peaks[_name(process)] = kib / 1024
+        name = _name(process)
+        peaks[name] = max(peaks.get(name, 0), kib / 1024)
 
 
 def settled(pid: int) -> Footprint:

@@ -84,6 +84,7 @@ def preprocess() -> Any:
     spec = importlib.util.spec_from_file_location("preprocess", path)
     assert spec is not None
     assert spec.loader is not None
+    sys.path.append(str(path.parent))  # as Triton does
     module = importlib.util.module_from_spec(spec)
     with atheris.instrument_imports(include=["preprocess"]):
         spec.loader.exec_module(module)
