@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint
 
 TEMPLATE = Path(__file__).parent / "model_repository"
 REPORT = "build_report.json"
+QUEUED_BATCHES = 8  # see preprocess/config.pbtxt
 MODEL, LABELS = BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")
 
 
@@ -57,6 +58,8 @@ def fill(
                 tensor.data_type = DataType.TYPE_FP16
         if config.name == "preprocess":
             config.parameters["fast_jpeg"].string_value = str(settings.fast_jpeg).lower()
+            queue = config.dynamic_batching.default_queue_policy
+            queue.max_queue_size = QUEUED_BATCHES * settings.max_batch_size
         if config.name == "vit":
             _fill_vit(config, checkpoint, settings, sha256)
         path.write_text(text_format.MessageToString(config))
