@@ -236,6 +236,7 @@ def test_any_folder_name_will_do(tiny_repository: Path, tmp_path: Path) -> None:
 def test_ipv6(tiny_repository: Path) -> None:
     with serving(tiny_repository, "--host", "::1") as server:
         assert server.url.startswith("[::1]:")
+        assert {address for _, address in listening(server.process.pid)} == {"::1"}
         assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
 
 

@@ -139,9 +139,9 @@ def command(
         f"--grpc-port={ports.grpc}",
         f"--grpc-max-connection-age={connection_age * 1000}",
         *_tls_options(tls),
-        f"--http-address={ports.http_host}",
+        f"--http-address={_for_evhtp(ports.http_host)}",
         f"--http-port={ports.http}",
-        f"--metrics-address={ports.host}",
+        f"--metrics-address={_for_evhtp(ports.host)}",
         f"--metrics-port={ports.metrics}",
         # Lets vit-server unload models, by their folders, and nobody else.
         "--model-control-mode=poll",
@@ -194,6 +194,11 @@ def environment(installation: Installation) -> dict[str, str]:
 def bracketed(host: str) -> str:
     """An address as it stands before ":port": IPv6 has colons of its own."""
     return f"[{host}]" if ":" in host else host
+
+
+def _for_evhtp(host: str) -> str:
+    """An address as Triton's HTTP library wants it: else it listens at 255.255.255.255."""
+    return f"ipv6:{host}" if ":" in host else host
 
 
 def cores() -> int:
