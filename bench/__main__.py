@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vit_server import tritonserver
 
 from tests.load import inputs, perf_analyzer
 from tests.load.perf_analyzer import WINDOWS, PerfAnalyzerError
@@ -52,12 +51,8 @@ class Bench:
     binary: Path = field(default_factory=perf_analyzer.install)
 
     def alone(self, what: str) -> dict[str, float]:
-        """Figures of alone.py. model.pt has the threads and the malloc that it is served with."""
-        env = dict(os.environ)
-        if what == "torchscript":
-            served = tritonserver.environment(tritonserver.find())
-            env.update({n: v for n, v in served.items() if n.startswith(("OMP", "GOMP", "MALLOC"))})
-        return self._run("alone.py", what, self.repository, inputs.PHOTOS, self.seconds, env=env)
+        """Figures of alone.py."""
+        return self._run("alone.py", what, self.repository, inputs.PHOTOS, self.seconds)
 
     def peer(self, peer: Peer, how: str, value: float | Path) -> dict[str, float]:
         """One load on another server, by HTTP. It is stopped in between: an idle LitServe polls."""
@@ -78,11 +73,9 @@ class Bench:
         found = perf_analyzer.measure(self.binary, "embed", data, self.seconds, arguments)
         return {"per_second": found.per_second, "p50": found.p50, "p99": found.p99}
 
-    def _run(
-        self, script: str, *arguments: object, env: dict[str, str] | None = None
-    ) -> dict[str, float]:
+    def _run(self, script: str, *arguments: object) -> dict[str, float]:
         command = [str(self.python), str(HERE / "peers" / script), *map(str, arguments)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900, env=env)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
         if done.returncode != 0:
             raise PeerError(f"{script} {arguments[0]} failed, see above")
         figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

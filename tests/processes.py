@@ -35,13 +35,18 @@ def workspaces(pid: int) -> list[Path]:
     return list(Path("/tmp").glob(f"vit-server-{pid}-*"))
 
 
-def model_process(pid: int, model: str) -> int:
-    """A process that a model runs in, below the vit-server `pid`."""
-    return min(
+def model_processes(pid: int, model: str) -> list[int]:
+    """The processes that a model runs in, below the vit-server `pid`."""
+    return [
         below
         for below in descendants(pid)
         if f"/{model}/1/" in Path(f"/proc/{below}/cmdline").read_text()
-    )
+    ]
+
+
+def model_process(pid: int, model: str) -> int:
+    """One of them."""
+    return min(model_processes(pid, model))
 
 
 def tritonserver(pid: int) -> int:

@@ -1,5 +1,6 @@
 """Without a server: `alone.py WHAT REPOSITORY PHOTOS SECONDS` prints its figures as JSON."""
 
+import ctypes
 import itertools
 import json
 import sys
@@ -31,6 +32,7 @@ def per_second(run: Callable[[], object], images: int, seconds: float) -> float:
 
 def torchscript(repository: Path, photos: list[bytes], seconds: float) -> Figures:
     """model.pt at each batch size: all cores on one batch, and each core on one of its own."""
+    keep_memory()
     served = network.Served(repository)
     pixels = _pixels(photos, served.size)
     share = seconds / len(BATCHES) / 2
@@ -47,6 +49,13 @@ def torchscript(repository: Path, photos: list[bytes], seconds: float) -> Figure
 
             figures[f"{batch} a core"] = per_second(each, batch * CORES, share)
     return figures
+
+
+def keep_memory() -> None:
+    """As the server's backend does (server/vit_server/backends/pytorch/model.py)."""
+    malloc = ctypes.CDLL(None)
+    for parameter, value in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):
+        malloc.mallopt(parameter, value)
 
 
 def _one_thread() -> None:

@@ -183,11 +183,6 @@ def environment(installation: Installation) -> dict[str, str]:
     # Without a limit OpenMP's threads spin while they wait, which collapses when `preprocess`
     # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
     env.setdefault("GOMP_SPINCOUNT", "10000")
-    # Memory that a batch gives back is kept for the next one: from the kernel it comes page by
-    # page, which is a quarter of the network's time. 32 MiB is the most that glibc takes.
-    env.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
-    env.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
-    env.setdefault("MALLOC_TOP_PAD_", str(2**26))
     return env
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import serving
-from processes import model_process
+from processes import model_processes
 from tritonclient.utils import InferenceServerException
 
 from . import bombs, poison
@@ -27,11 +27,11 @@ def test_process_that_was_stopped_ends_instead_of_answering(
     first, second = (data for _, data in itertools.islice(poison.originals(), 2))
     with serving(tiny_repository) as server:
         server.infer("classify", "image", [first])
-        held_up = model_process(server.process.pid, model)
-        os.kill(held_up, signal.SIGSTOP)
+        held_up = model_processes(server.process.pid, model)
+        send(signal.SIGSTOP, held_up)
         with pytest.raises(InferenceServerException, match="is not healthy"):
             server.infer("classify", "image", [first])
-        os.kill(held_up, signal.SIGCONT)
+        send(signal.SIGCONT, held_up)
         # An error may be tried again; another image's answer may not be given.
         with pytest.raises(InferenceServerException):
             server.infer("classify", "image", [second])
@@ -42,7 +42,7 @@ def test_process_that_is_stopped_at_work_ends_too(tiny_repository: Path) -> None
     photo = next(data for name, data in poison.originals() if name == "coffee.jpg")
     slow = dict(bombs.allowed())["50 million pixels.png"]
     with serving(tiny_repository) as server:
-        held_up = model_process(server.process.pid, "preprocess")
+        held_up = model_processes(server.process.pid, "preprocess")
         wanted = server.infer("preprocess", "image", [photo])["pixels"]
 
         def first() -> None:
@@ -52,12 +52,17 @@ def test_process_that_is_stopped_at_work_ends_too(tiny_repository: Path) -> None
         asking = threading.Thread(target=first)
         asking.start()
         time.sleep(0.25)
-        os.kill(held_up, signal.SIGSTOP)
+        send(signal.SIGSTOP, held_up)
         asking.join()
-        threading.Timer(0.1, os.kill, (held_up, signal.SIGCONT)).start()
+        threading.Timer(0.1, send, (signal.SIGCONT, held_up)).start()
         try:
             got = server.infer("preprocess", "image", [photo])["pixels"]
         except InferenceServerException:
             assert server.process.wait(20) == 1
         else:
             np.testing.assert_array_equal(got, wanted)
+
+
+def send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, number)
