@@ -44,6 +44,8 @@ def serve(args: argparse.Namespace) -> int:
             installation, folder, ports, tls, age, shm_prefix, args.verbose
         )
         env = tritonserver.environment(installation)
+        # preprocess looks there how much waits for vit.
+        env["VIT_METRICS"] = f"{tritonserver.bracketed(ports.host)}:{ports.metrics}"
         process = TritonProcess(command, env, shm_prefix, args.verbose)
         try:
             print("Starting tritonserver …", file=sys.stderr, flush=True)

@@ -37,6 +37,7 @@ LARGE = [image(seed, 1200) for seed in range(8)]
     ("server", "images", "bottleneck", "processes", "tolerance"),
     [
         ("tiny_server", LARGE, "preprocess", 2, 1e-4),
+        ("full_server", SMALL, "vit", 1, 1e-2),
     ],
 )
 def test_four_times_the_load(
@@ -94,9 +95,11 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
     before = counters(tiny_server)
     outcomes = asyncio.run(burst())
     done = {name: count - before[name] for name, count in settled(tiny_server).items()}
-    print(f"\n{outcomes.count('answered')} of 120 answered; the server's count: {done}", end="")
-    assert done["decoded"] <= 64
-    assert done["expired"] >= 120 - 64
+    answered = outcomes.count("answered")
+    print(f"\n{answered} of 120 answered; the server's count: {done}", end="")
+    # Two batches are being decoded when their callers leave, one is at vit, and one may wait there.
+    assert done["decoded"] <= answered + 64
+    assert done["expired"] >= 120 - answered - 64
     assert done["vit"] <= done["decoded"]
 
 

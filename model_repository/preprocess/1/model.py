@@ -9,8 +9,10 @@ import io
 import json
 import os
 import re
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -100,6 +102,40 @@ def has_too_many_scans(data):
     return True
 
 
+class Backlog:
+    """What waits for `vit`, by Triton's own count in its metrics.
+
+    On a CPU `vit` is the slower one. preprocess stops while a full batch waits there; then its own
+    queue, which has a limit, fills up, and Triton refuses the rest before anything is decoded.
+    """
+
+    PENDING = re.compile(rb'nv_inference_pending_request_count\{model="vit",[^}]*\} (\d+)')
+    POLL = 0.01  # seconds; a look costs 0.3 ms
+
+    def __init__(self, address, limit):
+        self.address, self.limit = address, limit
+        self.room = 0  # requests that may be sent on before looking again
+
+    def wait(self, requests):
+        """Return when `vit` wants more, and count these requests as sent."""
+        while self.room <= 0:
+            self.room = self.limit - self.pending()
+            if self.room <= 0:
+                time.sleep(self.POLL)
+        self.room -= requests
+
+    def pending(self):
+        connection = HTTPConnection(self.address, timeout=1)
+        try:
+            connection.request("GET", "/metrics")
+            found = self.PENDING.search(connection.getresponse().read())
+        except (OSError, HTTPException):  # no metrics, no limit
+            return 0
+        finally:
+            connection.close()
+        return int(found[1]) if found else 0
+
+
 class TritonPythonModel:
     """Answers each request of a dynamic batch on its own: a bad file costs no neighbour."""
 
@@ -111,12 +147,15 @@ class TritonPythonModel:
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which only warns up to twice of it
         # Pillow's, about files: there can be 65,000 about one, each kept and written to the log.
         warnings.simplefilter("ignore")
+        metrics = os.environ.get("VIT_METRICS", "localhost:8002")
+        self.backlog = Backlog(metrics, config["max_batch_size"])
         # As many as the network's: in a container with a CPU limit it is less than the cores.
         threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
         self.pool = ThreadPoolExecutor(int(threads))
         self.pulse = Pulse()
 
     def execute(self, requests):
+        self.backlog.wait(len(requests))
         with self.pulse:
             rows = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy() for r in requests]
             # Start every row of every request before the first answer is put together.
