@@ -20,6 +20,7 @@ def preprocess() -> ModuleType:
     """model_repository/preprocess/1/model.py, beside Triton's own utilities."""
     sys.path.append(str(tritonserver.find().python_backend))
     path = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1" / "model.py"
+    sys.path.append(str(path.parent))  # as Triton does
     spec = importlib.util.spec_from_file_location("preprocess", path)
     assert spec is not None
     assert spec.loader is not None
