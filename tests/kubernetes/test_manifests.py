@@ -185,17 +185,19 @@ def test_memory_adds_up(deployed: list[Object], tmp_path: Path) -> None:
     on_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
     configs = _configs(tmp_path / "models", "cuda" if on_gpu else "cpu")
     embedded = ("python", "pytorch")  # the embedded server's pytorch is a Python backend too
-    regions = [c for c in configs if c.backend in (("python",) if on_gpu else embedded)]
+    python = [c for c in configs if c.backend in (("python",) if on_gpu else embedded)]
+    processes = {c.name: max(1, sum(g.count for g in c.instance_group)) for c in python}
     batch = max(c.max_batch_size for c in configs)
     photos = (batch - 1) * 0.1e6 + 10e6  # one of 10 MB among the usual ones
     answers = batch * (256 * 256 * 3 + 4 * (19167 + 512 * 257))  # pixels in, all outputs back
     (shm,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm")
     size = quantity(shm["sizeLimit"])
     assert shm["medium"] == "Memory"
-    assert size >= len(regions) * 64 * MIB + photos + answers
-    # Each core decodes one photo of max_image_pixels at a time: as decoded, and as RGB.
-    decoding = quantity(container["resources"]["limits"]["cpu"]) * 50e6 * 7
-    measured = 0.7 * 2**30  # the embedded server after a load of all tasks, /dev/shm not counted
+    assert size >= sum(processes.values()) * 64 * MIB + photos + answers
+    # A photo of max_image_pixels for each core, in each process: as decoded, and as RGB.
+    cores = quantity(container["resources"]["limits"]["cpu"])
+    decoding = processes["preprocess"] * cores * 50e6 * 7
+    measured = 1.0 * 2**30  # the embedded server after a load of all tasks, /dev/shm not counted
     limit = quantity(container["resources"]["limits"]["memory"])
     assert limit >= size + decoding + measured
 
