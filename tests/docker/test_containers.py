@@ -45,6 +45,17 @@ def test_dockerfile_sources_are_sent_to_the_engine() -> None:
     assert not any(fnmatch("models", pattern.lstrip("!")) for pattern in sent if pattern[0] == "!")
 
 
+def test_what_is_installed_is_mounted_whole() -> None:
+    """The builder and the server share files with other folders, by symbolic links."""
+    dockerfile = (DOCKER / "Dockerfile").read_text()
+    runs = re.findall(r"^RUN (?:.*\\\n)+.*", dockerfile, re.M)
+    assert any("./server" in run for run in runs)
+    for run in runs:
+        mounted = [ROOT / source for source in re.findall(r"source=([^,]+)", run)]
+        for link in (path for folder in mounted for path in folder.rglob("*") if path.is_symlink()):
+            assert any(link.resolve().is_relative_to(folder) for folder in mounted), link
+
+
 def test_compose_schema() -> None:
     schema = ["--builtin-schema", "vendor.compose-spec"]
     subprocess.run([BIN / "check-jsonschema", *schema, DOCKER / "compose.yaml"], check=True)
