@@ -2,7 +2,7 @@
 # make serve  the same, and stays up until Ctrl-C
 # make test   all tests
 # make lint   ruff (lint and format), mypy, and pip-audit where it can look advisories up
-# make load   sweep the load with perf_analyzer: 9 minutes (ARGS=--help for the rest)
+# make load   sweep the load with perf_analyzer: 10 minutes (ARGS=--help for the rest)
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
 # make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
@@ -18,7 +18,7 @@ INSTALLED_BENCH := .venv-bench/installed
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test lint load bench soak fuzz format clean
+.PHONY: demo serve test lint load bench soak fuzz format clean bench-gpu
 
 demo: $(BUILT)
 	$(BIN)/python demo.py
