@@ -35,7 +35,8 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/mypy builder/vit_builder client/vit_client server/vit_server
 	$(BIN)/python audit.py
 
-load: $(BUILT) $(INSTALLED_DEV)
+# Nothing is built for a server that is elsewhere.
+load: $(if $(findstring --url,$(ARGS)),,$(BUILT)) $(INSTALLED_DEV)
 	$(BIN)/python -m tests.load $(ARGS)
 
 bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
