@@ -21,21 +21,37 @@ DOCKER = Path(__file__).parents[2] / "docker"
 
 @dataclass(frozen=True)
 class Container:
-    """A running tritonserver, with nothing around it that watches its models."""
+    """A running serve.sh with its tritonserver."""
 
     process: subprocess.Popen[bytes]
     http_url: str
     metrics_url: str
 
+    def stubs(self, model: str) -> list[int]:
+        """The processes of a Python model."""
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in _children(self.triton)}
+        found = [pid for pid, line in lines.items() if f"/models/{model}/1/" in line]
+        assert found
+        return found
+
+    @property
+    def triton(self) -> int:
+        for pid in _children(self.process.pid):  # and a `sleep`
+            with contextlib.suppress(FileNotFoundError):
+                if Path(f"/proc/{pid}/exe").readlink().name == "tritonserver":
+                    return pid
+        raise AssertionError("no tritonserver")
+
     def kill_stub(self, model: str) -> None:
-        """End the processes of a Python model."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        lines = {int(child): Path(f"/proc/{child}/cmdline").read_text() for child in children}
-        stubs = [child for child, line in lines.items() if f"/models/{model}/1/" in line]
-        assert stubs
-        for stub in stubs:
+        """End the processes of a Python model, and let nobody notice."""
+        self.process.send_signal(signal.SIGSTOP)
+        for stub in self.stubs(model):
             os.kill(stub, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in files for child in file.read_text().split()]
 
 
 @contextlib.contextmanager
@@ -43,7 +59,6 @@ def container(repository: Path, **variables: str) -> Iterator[Container]:
     """Start it on free ports, with these environment variables added; stop it at the end."""
     installation = tritonserver.find()
     http, grpc, metrics = free_port(), free_port(), free_port()
-    prefix = f"container_{os.getpid()}_"
     with tempfile.TemporaryDirectory(prefix="container-") as backends:
         python = shutil.copytree(installation.python_backend, Path(backends, "python"))
         shutil.copy(installation.stub, python)
@@ -51,19 +66,21 @@ def container(repository: Path, **variables: str) -> Iterator[Container]:
         env = tritonserver.environment(installation)
         env["PATH"] = f"{installation.binary.parent}:{env['PATH']}"
         env["MODEL_REPOSITORY"] = str(repository)
+        env["VIT_METRICS"] = f"127.0.0.1:{metrics}"
         command = [DOCKER / "serve.sh", f"--backend-directory={backends}"]
         command += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}"]
         command += [f"--http-port={http}", f"--metrics-port={metrics}", "--log-info=false"]
-        command += [f"--backend-config=python,shm-region-prefix-name={prefix}"]
-        with subprocess.Popen(command, env={**env, **variables}) as process:
+        with subprocess.Popen(command, env={**env, **variables}, start_new_session=True) as process:
             url = f"http://127.0.0.1:{http}"
             try:
                 wait_for(f"{url}/v2/health/ready", process)
                 yield Container(process, url, f"http://127.0.0.1:{metrics}/metrics")
             finally:
-                process.kill()  # where a stub has died, its own way takes 30 s
+                # All of them; where a stub has died, tritonserver's own way takes 30 s.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait(60)
-                for segment in Path("/dev/shm").glob(f"{prefix}*"):
+                for segment in Path("/dev/shm").glob(f"vit-{process.pid}-*"):
                     segment.unlink()
 
 

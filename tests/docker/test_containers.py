@@ -1,19 +1,24 @@
 """The images: their files against linter and schema, and what they run, run."""
 
+import os
 import re
+import signal
 import subprocess
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import BIN, Server
-from container import DOCKER, container, copy, health
+from conftest import BIN, PHOTOS, Server
+from container import DOCKER, container, copy, health, post
 
 ROOT = DOCKER.parent
+PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 CLOSED = ("systemsharedmemory/status", "cudasharedmemory/status", "repository/index")
 CLOSED += ("trace/setting", "logging")
@@ -122,9 +127,67 @@ def test_what_nobody_needs_is_closed(tiny_repository: Path, tiny_server: Server)
         assert status(opened, **{"vit-admin-key": "secret"}) == 200
 
 
-def test_stops_when_it_is_told_to(tiny_repository: Path) -> None:
-    """The shell script is gone: SIGTERM reaches tritonserver itself."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stops_when_it_is_told_to(tiny_repository: Path, number: signal.Signals) -> None:
     with container(tiny_repository) as server:
-        assert Path(f"/proc/{server.process.pid}/exe").readlink().name == "tritonserver"
-        server.process.terminate()
+        server.process.send_signal(number)
         assert server.process.wait(60) == 0
+
+
+def test_ends_when_one_process_of_a_model_has_ended(
+    tiny_repository: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with container(tiny_repository) as server:
+        one, _other = server.stubs("preprocess")
+        time.sleep(3)  # it looks every second
+        os.kill(one, signal.SIGKILL)
+        assert server.process.wait(60) == 1
+    said = f"serve.sh: the process of a Python model has ended (pid {one}), so the server ends\n"
+    assert said in capfd.readouterr().err
+
+
+def test_exit_code_of_a_model_that_does_not_load(
+    tiny_repository: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    repository = copy(tiny_repository, tmp_path)
+    (repository / "postprocess" / "1" / "model.py").write_text("raise ValueError('told')")
+    with pytest.raises(pytest.fail.Exception, match="exit code: 1"), container(repository):
+        pass
+    assert "ValueError: told" in capfd.readouterr().err
+
+
+def slow(repository: Path, folder: Path, seconds: int) -> Path:
+    """Where a batch of preprocess takes so long."""
+    changed = copy(repository, folder)
+    code = changed / "preprocess" / "1" / "model.py"
+    line = "        self.backlog.wait(len(requests))\n"
+    assert line in code.read_text()
+    code.write_text(code.read_text().replace(line, f"{line}        time.sleep({seconds})\n"))
+    return changed
+
+
+def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
+    """A probe that waits for longer than it can, behind others that are answered."""
+    with (
+        container(slow(tiny_repository, tmp_path, 4)) as server,
+        ThreadPoolExecutor(125) as askers,
+    ):
+        embed = f"{server.http_url}/v2/models/embed/infer"
+        asked = [askers.submit(post, embed, PHOTO) for _ in range(125)]
+        waiting = re.compile(r'pending_request_count{model="preprocess",[^}]*} (\d+)')
+        for _ in range(100):
+            with urllib.request.urlopen(server.metrics_url, timeout=30) as metrics:
+                if int(waiting.findall(metrics.read().decode())[0]) > 96:  # 3 turns of 2 x 16
+                    break
+            time.sleep(0.1)
+        else:
+            pytest.fail("the queue never filled")
+        start = time.monotonic()
+        assert health(server.http_url) == (0, "")
+        assert time.monotonic() - start > 10  # it gave up waiting
+        assert {answer.result() for answer in asked} == {200}
+
+
+def test_health_of_a_hung_server(tiny_repository: Path, tmp_path: Path) -> None:
+    with container(slow(tiny_repository, tmp_path, 1000)) as server:
+        assert health(server.http_url) == (1, "embed: no answer in 10 s, to anybody\n")
