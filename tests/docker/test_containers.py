@@ -100,7 +100,7 @@ def test_health_sees_a_dead_model_that_triton_does_not(tiny_repository: Path, de
         server.kill_stub(dead)
         code, said = health(server.http_url)
         assert code == 1
-        assert f"Stub process '{dead}_0_0' is not healthy" in said
+        assert f"Stub process '{dead}_0_" in said
         assert status(f"{server.http_url}/v2/health/ready") == 200
 
 
