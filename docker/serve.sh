@@ -1,6 +1,6 @@
 #!/bin/sh
 # Start tritonserver on /models. Further arguments are passed on to it.
-# (Another --metrics-port wants VIT_METRICS=localhost:PORT too: preprocess asks there what waits for vit.)
+# With another --metrics-port set VIT_METRICS=localhost:PORT: preprocess asks there what waits for vit.
 #
 # Triton never starts the process of a Python model (a "stub") again, stays ready and fails its
 # requests. So when one has ended, all ends with exit code 1, for Docker or Kubernetes to restart.
