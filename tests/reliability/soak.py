@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import vit_builder
-from vit_client import AsyncClient, BadImage, BadImages, DeadlineExceeded
+from vit_client import AsyncClient, BadImage, BadImages, DeadlineExceeded, Overloaded
 
 from . import poison
 from .footprint import Footprint, footprint
@@ -153,7 +153,7 @@ class Traffic:
         try:
             got = await self.client.embed(image.data, timeout=self.rng.uniform(0.001, 0.05))
             self.judge("hurried", "embed", [got], [image])
-        except DeadlineExceeded:
+        except (DeadlineExceeded, Overloaded):  # here, or already in the server's queue
             self.count("hurried: too late")
 
     def judge(self, kind: str, task: str, got: list[Any], images: list[Known]) -> None:

@@ -174,7 +174,7 @@ def test_dev_shm_too_small_to_start(tiny_repository: Path) -> None:
 def test_dev_shm_fills_up(tiny_repository: Path, embedding: Array) -> None:
     """What Triton needs for usual requests it has taken beforehand."""
     too_large = b"P6 7000 7000 255\n" + bytes(3 * 7000 * 7000)  # 147 MB, of 64 there are
-    with serving(tiny_repository, under=small_shm(200)) as server:
+    with serving(tiny_repository, under=small_shm(270)) as server:
         shm = Path(f"/proc/{server.process.pid}/root/dev/shm")
         with (shm / "fill").open("wb") as fill, contextlib.suppress(OSError):
             while True:
