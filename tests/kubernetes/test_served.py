@@ -64,6 +64,7 @@ def running(objects: list[Object], repository: Path, folder: Path, **places: str
     env = tritonserver.environment(installation)
     env["PATH"] = f"{installation.binary.parent}:{env['PATH']}"
     env |= {"MODEL_REPOSITORY": str(repository), "VIT_ADMIN_KEY": KEY}
+    env["VIT_METRICS"] = f"127.0.0.1:{metrics}"
     with subprocess.Popen(arguments.split(), env=env) as process:
         try:
             pod = Pod(grpc, http)
