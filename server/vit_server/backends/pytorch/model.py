@@ -46,9 +46,9 @@ class TritonPythonModel:
         """Run all requests as one batch; copy to the host only what somebody asked for."""
         inputs = [pb_utils.get_input_tensor_by_name(r, self.input).as_numpy() for r in requests]
         batch = torch.from_numpy(np.concatenate(inputs) if len(inputs) > 1 else inputs[0])
-        results = self.run(batch)
+        parts = self.run(batch)
         asked = {name for request in requests for name in request.requested_output_names()}
-        on_host = {name: results[self.outputs[name]].cpu().numpy() for name in asked}
+        on_host = {name: together(parts, self.outputs[name]) for name in asked}
 
         responses, start = [], 0
         for request, rows in zip(requests, inputs, strict=True):
@@ -60,16 +60,15 @@ class TritonPythonModel:
         return responses
 
     def run(self, batch):
-        """The module's outputs for all rows, each core with some of them.
+        """The module's outputs, in parts of the rows: each core has one.
 
         Cores that work on images of their own do not wait for each other at every layer, as
         OpenMP's threads do, and what `preprocess` takes from one core does not stop the rest.
         A single image has all cores.
         """
         if self.cores == 1 or len(batch) == 1:
-            return self.forward(batch.to(self.device))
-        parts = list(self.pool.map(self.forward, batch.tensor_split(min(self.cores, len(batch)))))
-        return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+            return [self.forward(batch.to(self.device))]
+        return list(self.pool.map(self.forward, batch.tensor_split(min(self.cores, len(batch)))))
 
     @torch.inference_mode()
     def forward(self, pixels):
@@ -78,6 +77,12 @@ class TritonPythonModel:
 
     def finalize(self):
         self.pool.shutdown()
+
+
+def together(parts, index):
+    """One output of all rows, on the host."""
+    tensors = [outputs[index] for outputs in parts]
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).cpu().numpy()
 
 
 def keep_memory():
