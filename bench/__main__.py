@@ -20,7 +20,7 @@ from tests.load import inputs, perf_analyzer
 from tests.load.perf_analyzer import WINDOWS, PerfAnalyzerError
 from tests.load.triton import Address, ServerError, Triton, local_server, machine
 
-from . import report
+from . import report, say
 
 HERE = Path(__file__).parent
 CONCURRENCY = 16
@@ -135,7 +135,7 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
             bench.peer(peer, "concurrency", 1)  # until it is up and warm
         rounds: list[dict[str, Any]] = []
         for number in range(count):
-            _say(f"round {number + 1} of {count}: throughput")
+            say(f"round {number + 1} of {count}: throughput")
             found: dict[str, Any] = {
                 what: bench.alone(what) for what in ("torchscript", "pillow", "eager", "openvino")
             }
@@ -147,7 +147,7 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
         rate = SHARE * report.slowest(rounds)
         intervals = _intervals(bench, rate)
         for number, found in enumerate(rounds):
-            _say(f"round {number + 1} of {count}: latency at {rate:.1f} requests/s")
+            say(f"round {number + 1} of {count}: latency at {rate:.1f} requests/s")
             found["served at rate"] = bench.served(address, "intervals", intervals)
             found["litserve at rate"] = bench.peer(litserve, "intervals", intervals)
             found["fastapi at rate"] = bench.peer(fastapi, "intervals", intervals)
@@ -162,10 +162,6 @@ def _intervals(bench: Bench, rate: float) -> Path:
     path = bench.folder / "intervals.txt"
     path.write_text("\n".join(f"{gap:.0f}" for gap in gaps * (1e6 / rate / gaps.mean())) + "\n")
     return path
-
-
-def _say(text: str) -> None:
-    print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from tests.load import inputs, perf_analyzer
 from tests.load.perf_analyzer import PerfAnalyzerError
 from tests.load.triton import ServerError
 
+from .. import say
 from . import bare, decoders, report, served
 from .bare import Network, WrongError
 from .device import Device, NoGpuError, reason
@@ -230,10 +231,6 @@ def _write(folder: Path, results: report.Results) -> None:
     """After each part, so that a run that ends early has not been for nothing."""
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (folder / "report.md").write_text(report.markdown(results))
-
-
-def say(text: str) -> None:
-    print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
