@@ -30,8 +30,8 @@ PATIENCE = 120  # seconds for one answer, on a busy machine
 ROWS = 16  # max_batch_size
 GOOD = [data for name, data in poison.originals() if name in ("coffee.jpg", "rgba.png", "gray.jpg")]
 NAMED = re.compile(r"(?:^|INVALID_ARGUMENT )image\[(\d+)\]: .", re.M)
-# What the allocator keeps is not the same from one time to the next.
-NOISE_MIB = 48
+# A leak is there in every pass; what the allocator keeps comes in steps, of up to 60 MiB.
+PASSES, LEAK_MIB, STEPS_MIB = 5, 4, 150
 
 pytestmark = [
     pytest.mark.timeout(900),
@@ -63,6 +63,7 @@ class Answers:
     refused: dict[str, bool] = field(default_factory=dict)
     slowest: tuple[float, str] = (0, "")
     peaks: dict[str, float] = field(default_factory=dict)
+    seconds_before: float = 0  # of a good request, alone
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def answers(server: Server) -> Answers:
     """To the whole corpus, several requests in flight, a good one after every ten bad."""
     answers = Answers()
     good = np.stack([poison.pillow(data, SIDE) for data in GOOD])
+    answers.seconds_before = usual_seconds(server)
     before = settled(server.process.pid)
 
     def ask(case: Case) -> None:
@@ -161,18 +163,20 @@ def test_good_requests_in_the_same_batches_lose_nothing(server: Server, answers:
 
 
 def test_memory_is_what_it_was(server: Server, answers: Answers) -> None:
-    """The first pass set the high-water marks; three more must not raise them."""
-    before = settled(server.process.pid)
+    """The first pass set the high-water marks; more must not raise them."""
+    seen = [settled(server.process.pid)]
     with InferenceServerClient(server.url) as client:
-        for _ in range(3):
+        for _ in range(PASSES):
             several_at_once(
                 lambda data=case.data: preprocess(client, [data]) for case in small_cases()
             )
-    after = settled(server.process.pid)
-    print(f"\nbefore: {before}\nafter:  {after}")
-    for name, usage in after.processes.items():
-        assert usage.private - before.processes[name].private < NOISE_MIB, name
-    assert after.shared == before.shared
+            seen.append(settled(server.process.pid))
+    print("", *seen, sep="\n")
+    for name in seen[0].processes:
+        private = [footprint.processes[name].private for footprint in seen]
+        assert min(np.diff(private)) < LEAK_MIB, name
+        assert private[-1] - private[0] < STEPS_MIB, name
+    assert seen[-1].shared == seen[0].shared
 
 
 def test_half_a_gigabyte_of_nothing(server: Server) -> None:
@@ -218,11 +222,26 @@ def test_half_a_gigabyte_of_nothing(server: Server) -> None:
     assert last.processes["tritonserver"].private < 9 * 500
 
 
-def test_afterwards_it_serves_as_before(server: Server) -> None:
+def test_afterwards_it_serves_as_before(server: Server, answers: Answers) -> None:
+    seconds = usual_seconds(server)
+    print(f"\none good request: {answers.seconds_before * 1e3:.1f} ms, then {seconds * 1e3:.1f} ms")
+    assert seconds < 1.5 * answers.seconds_before + 1e-3
     for name, data in poison.originals():
         pixels, error = preprocess_once(server, data)
         assert pixels is not None, f"{name}: {error}"
         np.testing.assert_array_equal(pixels[0], poison.pillow(data, SIDE), name)
+
+
+def usual_seconds(server: Server) -> float:
+    """Of a good request, one at a time, where the machine does nothing else."""
+    seconds = []
+    with InferenceServerClient(server.url) as client:
+        for _ in range(300):
+            start = time.perf_counter()
+            pixels, error = preprocess(client, [GOOD[0]])
+            seconds.append(time.perf_counter() - start)
+            assert pixels is not None, error
+    return float(np.quantile(seconds, 0.1))
 
 
 def judge(case: Case, pixels: Any, error: str) -> str:
