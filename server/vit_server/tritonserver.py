@@ -143,6 +143,7 @@ def command(
         f"--http-port={ports.http}",
         f"--metrics-address={_for_evhtp(ports.host)}",
         f"--metrics-port={ports.metrics}",
+        "--disable-auto-complete-config",  # the builder writes all of it
         # Lets vit-server unload models, by their folders, and nobody else.
         "--model-control-mode=poll",
         "--repository-poll-secs=1",

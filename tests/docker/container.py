@@ -55,10 +55,12 @@ def _children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def container(repository: Path, **variables: str) -> Iterator[Container]:
+def container(
+    repository: Path, metrics: int | None = None, **variables: str
+) -> Iterator[Container]:
     """Start it on free ports, with these environment variables added; stop it at the end."""
     installation = tritonserver.find()
-    http, grpc, metrics = free_port(), free_port(), free_port()
+    http, grpc, metrics = free_port(), free_port(), metrics or free_port()
     with tempfile.TemporaryDirectory(prefix="container-") as backends:
         python = shutil.copytree(installation.python_backend, Path(backends, "python"))
         shutil.copy(installation.stub, python)

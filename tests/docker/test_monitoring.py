@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import PHOTOS, Server
 from container import container, copy, health, post
-from prometheus import MONITORING, Prometheus, program, prometheus
+from prometheus import MONITORING, Prometheus, free_port, program, prometheus
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 ENSEMBLES = ("classify", "probabilities", "embed", "features")
@@ -171,3 +171,17 @@ def test_a_dead_model_is_seen(
             assert health(server.http_url)[0] == 1  # is what is counted
             found = watching.wait('ALERTS{alertname="VitModelDead"}')
             assert [labels["model"] for labels, _ in found] == [dead]
+
+
+def test_a_restart_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -> None:
+    port = free_port()
+    served = 'sum(nv_inference_request_success{model="preprocess"})'
+    with prometheus(f"http://127.0.0.1:{port}/metrics", cache, tmp_path) as watching:
+        for requests in (5, 1):
+            with container(tiny_repository, port) as server:
+                for _ in range(requests):
+                    assert post(f"{server.http_url}/v2/models/embed/infer", PHOTO) == 200
+                watching.wait(served, lambda value, requests=requests: value == requests)
+                if requests == 5:
+                    assert not watching.query('ALERTS{alertname="VitServerRestarted"}')
+        watching.wait('ALERTS{alertname="VitServerRestarted", alertstate="firing"}')

@@ -31,14 +31,14 @@ def kustomize(folder: Path) -> list[Object]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-def composed(folder: Path, overlay: str, *components: str) -> list[Object]:
-    """An overlay with components, put together in `folder` as a user would."""
+def composed(folder: Path, base: str, *components: str) -> list[Object]:
+    """A folder of manifests with components, put together in `folder` as a user would."""
 
     def relative(path: Path) -> str:
         return os.path.relpath(path, folder.resolve())
 
     kustomization = {
-        "resources": [relative(FOLDER / "overlays" / overlay)],
+        "resources": [relative(FOLDER / base)],
         "components": [relative(FOLDER / "components" / name) for name in components],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))

@@ -27,7 +27,7 @@ def adapter() -> list[dict[str, Any]]:
 
 
 def keda(folder: Path) -> list[dict[str, Any]]:
-    objects = rendered.composed(folder, "gpu", "monitoring", "keda")
+    objects = rendered.composed(folder, "overlays/gpu", "monitoring", "keda")
     triggers: list[dict[str, Any]] = find(objects, "ScaledObject")["spec"]["triggers"]
     return triggers
 
@@ -51,7 +51,7 @@ def test_hpa_and_keda_agree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scaler", ["autoscaling", "keda"])
 def test_an_autoscaler_has_the_number_of_replicas_to_itself(scaler: str, tmp_path: Path) -> None:
-    objects = rendered.composed(tmp_path, "gpu", scaler)
+    objects = rendered.composed(tmp_path, "overlays/gpu", scaler)
     assert "replicas" not in find(objects, "Deployment")["spec"]
 
 

@@ -18,12 +18,13 @@ from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
 
 FOLDERS = ("overlays/gpu", "overlays/cpu", "overlays/example", "kserve", "load")
 COMPOSED = (
-    ("gpu", "monitoring", "autoscaling"),
-    ("gpu", "monitoring", "keda"),
-    ("gpu", "tls"),
-    ("cpu", "monitoring", "autoscaling"),
-    ("cpu", "monitoring", "keda"),
-    ("cpu", "tls-cpu", "baked"),
+    ("overlays/gpu", "monitoring", "autoscaling"),
+    ("overlays/gpu", "monitoring", "keda"),
+    ("overlays/gpu", "tls"),
+    ("overlays/cpu", "monitoring", "autoscaling"),
+    ("overlays/cpu", "monitoring", "keda"),
+    ("overlays/cpu", "tls-cpu", "baked"),
+    ("kserve", "monitoring"),
 )
 # Made by hand, see docker/README.md.
 SECRETS = {"vit-admin-key", "vit-tls"}
@@ -129,14 +130,46 @@ def test_selectors_find_the_pods(overlay: str) -> None:
     assert targets <= ports
 
 
+def test_around_kserve() -> None:
+    """KServe gives the pods one label that is known beforehand."""
+    objects = rendered.kustomize(FOLDER / "kserve")
+    kinds = {"Service", "PodDisruptionBudget", "NetworkPolicy"}
+    selecting = {o["kind"]: o["spec"] for o in objects if o["kind"] in kinds}
+    name = find(objects, "InferenceService")["metadata"]["name"]
+    labels = {"serving.kserve.io/inferenceservice": name}
+    assert selecting["NetworkPolicy"]["podSelector"] == {"matchLabels": labels}
+    assert selecting["PodDisruptionBudget"]["selector"] == {"matchLabels": labels}
+    assert selecting["Service"]["selector"] == labels
+    _, container = rendered.server(objects)
+    clients, metrics = selecting["NetworkPolicy"]["ingress"]
+    assert [p["port"] for p in clients["ports"]] == [p["containerPort"] for p in container["ports"]]
+    assert [p["port"] for p in metrics["ports"]] == [8002]
+
+
+@pytest.mark.parametrize("base", ["overlays/gpu", "kserve"])
+def test_exactly_one_service_is_scraped(base: str, tmp_path: Path) -> None:
+    objects = rendered.composed(tmp_path, base, "monitoring")
+    monitor = find(objects, "ServiceMonitor")["spec"]
+    (endpoint,) = monitor["endpoints"]
+    wanted = monitor["selector"]["matchLabels"].items()
+    (scraped,) = (
+        service
+        for service in objects
+        if service["kind"] == "Service"
+        and wanted <= service["metadata"]["labels"].items()
+        and endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    )
+    assert scraped["metadata"]["labels"][monitor["jobLabel"]] == "vit"  # what the rules look for
+
+
 def test_no_replica_is_missed(deployed: list[Object]) -> None:
     """A rollout or a drained node never takes a pod away before another is there."""
     if any(o["kind"] == "InferenceService" for o in deployed):
         strategy = find(deployed, "InferenceService")["spec"]["predictor"]["deploymentStrategy"]
     else:
         strategy = find(deployed, "Deployment")["spec"]["strategy"]
-        assert find(deployed, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
     assert strategy["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    assert find(deployed, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
 def test_shutdown_fits_into_the_grace_period(deployed: list[Object]) -> None:
@@ -221,7 +254,7 @@ def test_rules_are_those_of_docker_monitoring() -> None:
 
 
 def test_tls_leaves_no_way_around_it(tmp_path: Path) -> None:
-    objects = rendered.composed(tmp_path, "gpu", "tls")
+    objects = rendered.composed(tmp_path, "overlays/gpu", "tls")
     assert {p["name"] for p in find(objects, "Service")["spec"]["ports"]} == {"grpc", "metrics"}
     clients, _ = find(objects, "NetworkPolicy")["spec"]["ingress"]
     assert clients["ports"] == [{"port": "grpc"}]

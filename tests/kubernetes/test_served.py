@@ -149,7 +149,7 @@ def overlay(tmp_path: Path) -> Path:
 def test_tls_component_serves(
     tiny_repository: Path, tmp_path: Path, overlay: Path, secret: Path
 ) -> None:
-    objects = rendered.composed(overlay, "gpu", "tls")
+    objects = rendered.composed(overlay, "overlays/gpu", "tls")
     with running(objects, tiny_repository, tmp_path, **{"/etc/vit/tls": str(secret)}) as pod:
         url = f"localhost:{pod.grpc}"
         with Client(f"grpcs://{url}", ca_file=secret / "tls.crt") as client:
@@ -159,7 +159,7 @@ def test_tls_component_serves(
 
 
 def test_tls_cpu_component_serves(tiny_repository: Path, overlay: Path, secret: Path) -> None:
-    _, container = rendered.server(rendered.composed(overlay, "cpu", "tls-cpu"))
+    _, container = rendered.server(rendered.composed(overlay, "overlays/cpu", "tls-cpu"))
     places = {"/models": str(tiny_repository), "0.0.0.0": "127.0.0.1", "/etc/vit/tls": str(secret)}
     command, model_repository, *arguments = (_moved(a, places) for a in container["args"])
     assert (command, model_repository) == ("vit-server", f"--model-repository={tiny_repository}")
