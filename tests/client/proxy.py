@@ -30,6 +30,7 @@ class Proxy:
     refusals: list[tuple[grpc.StatusCode, str]] = field(default_factory=list)
     forever: bool = False
     in_flight: int = 0
+    held: int = 0  # of these, by `delay`
     most_in_flight: int = 0
     cancelled: int = 0
 
@@ -45,7 +46,7 @@ class Proxy:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            await asyncio.sleep(self.delay)
+            await self._hold(self.delay)
             if self.refusals and method == "ModelInfer":
                 code, words = self.refusals[0] if self.forever else self.refusals.pop(0)
                 await context.abort(code, words)
@@ -57,6 +58,14 @@ class Proxy:
             raise
         finally:
             self.in_flight -= 1
+
+    async def _hold(self, seconds: float) -> None:
+        held = int(seconds > 0)
+        self.held += held
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self.held -= held
 
 
 class _Handler(grpc.GenericRpcHandler):
