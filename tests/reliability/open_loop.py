@@ -29,6 +29,7 @@ class Outcome:
     other: Counter[str] = field(default_factory=Counter)
     images: Counter[str] = field(default_factory=Counter)  # by model, those that it executed
     busy: Counter[str] = field(default_factory=Counter)  # by model, processes at work on average
+    callers: float = 0  # cores that this process took from the server, on average
 
     @property
     def rate(self) -> float:
@@ -44,7 +45,8 @@ class Outcome:
         busy = {name: round(share, 2) for name, share in self.busy.items() if share > 0.05}
         return (
             f"{self.rate:.1f}/s; answered {ms(self.answered)}; refused {ms(self.refused)}; "
-            f"wrong {self.wrong}, other {dict(self.other)}; images {dict(self.images)}; busy {busy}"
+            f"wrong {self.wrong}, other {dict(self.other)}; images {dict(self.images)}; "
+            f"busy {busy}; callers {self.callers:.2f} cores"
         )
 
 
@@ -106,9 +108,10 @@ class Load:
                 outcome.wrong += bool(difference > self.tolerance)
 
             before = await executed(stub)
-            started = time.monotonic()
+            started, used = time.monotonic(), time.process_time()
             await send(one)
             outcome.seconds = time.monotonic() - started
+            outcome.callers = (time.process_time() - used) / outcome.seconds
             after = await executed(stub)
         for name, (images, seconds) in after.items():
             outcome.images[name] = images - before[name][0]

@@ -6,6 +6,7 @@
 import asyncio
 import io
 import json
+import os
 import statistics
 import time
 import urllib.request
@@ -59,6 +60,10 @@ def test_four_times_the_load(
     again = asyncio.run(load.closed(1, 4))
     for name, outcome in {"calm": calm, "peak": peak, "4 x": over, "afterwards": again}.items():
         print(f"\n{bottleneck}, {name}: {outcome}", end="")
+    cores = len(os.sched_getaffinity(0))
+    left = (cores - over.callers) / (cores - peak.callers)  # to the server
+    goodput = over.rate / peak.rate
+    print(f"\ngoodput {goodput:.2f} of the peak, with {left:.2f} of the cores", end="")
 
     for outcome in (calm, peak, over, again):
         assert outcome.wrong == 0
