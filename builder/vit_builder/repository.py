@@ -1,6 +1,7 @@
 """Fill a Triton model repository from the template in `model_repository/`, atomically."""
 
 import ctypes
+import errno
 import io
 import os
 import shutil
@@ -154,5 +155,10 @@ def _exchange(a: Path, b: Path) -> None:
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(here, bytes(a), here, bytes(b), exchange) != 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        code = ctypes.get_errno()
+        if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise RepositoryError(
+                f"{b} exists, and its file system cannot replace a folder in one step "
+                "(NFS cannot): name another folder"
+            )
+        raise OSError(code, os.strerror(code))

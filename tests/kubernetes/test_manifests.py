@@ -16,7 +16,7 @@ from vit_server import probe, process
 from . import rendered
 from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
 
-FOLDERS = ("overlays/gpu", "overlays/cpu", "overlays/example", "kserve", "load")
+FOLDERS = ("overlays/gpu", "overlays/cpu", "overlays/example", "kserve", "kserve/model", "load")
 COMPOSED = (
     ("overlays/gpu", "monitoring", "autoscaling"),
     ("overlays/gpu", "monitoring", "keda"),

@@ -196,6 +196,8 @@ def test_cpu_overlay_is_what_vit_server_takes() -> None:
 def test_build_fills_what_is_served(folder: str, tmp_path: Path) -> None:
     """The builder's arguments, with a checkpoint at hand for the one on the hub."""
     objects = rendered.kustomize(FOLDER / folder)
+    if folder == "kserve":
+        objects = objects + rendered.kustomize(FOLDER / folder / "model")
     (build,) = (
         c
         for _, pod in rendered.pods(objects)
