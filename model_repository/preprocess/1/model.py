@@ -17,7 +17,7 @@ from http.client import HTTPConnection, HTTPException
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from PIL import Image, UnidentifiedImageError
-from pulse import Pulse
+from pulse import Pulse, now
 
 # What Pillow may open. Not all it can: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -45,7 +45,10 @@ def decode(data, height, width, max_pixels, fast_jpeg=False):
                 raise BadImage(f"{image.width}x{image.height} is over {max_pixels} pixels")
             if fast_jpeg:  # decode at 1/2, 1/4 or 1/8, but at no less than twice what is wanted
                 image.draft(None, (2 * width, 2 * height))
-            return np.asarray(resize(image.convert("RGB"), width, height))
+            image.load()
+            # convert() would copy an image that is RGB already: a third of the time of a small one.
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return np.asarray(resize(rgb, width, height))
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -156,11 +159,13 @@ class TritonPythonModel:
 
     def execute(self, requests):
         self.backlog.wait(len(requests))
-        with self.pulse:
-            rows = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy() for r in requests]
-            # Start every row of every request before the first answer is put together.
-            started = [[self.pool.submit(self.decode, row[0]) for row in batch] for batch in rows]
-            return [self.answer(futures) for futures in started]
+        begun = now()
+        rows = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy() for r in requests]
+        # Start every row of every request before the first answer is put together.
+        started = [[self.pool.submit(self.decode, row[0]) for row in batch] for batch in rows]
+        answers = [self.answer(futures) for futures in started]
+        self.pulse.check(begun)
+        return answers
 
     def decode(self, data):
         # Returned, not raised: an exception that a future keeps holds the whole batch, in a cycle,

@@ -15,11 +15,11 @@ HELD_UP = 0.7  # seconds: Triton looks once a second, and its own sign of life c
 
 
 class Pulse:
-    """Around the work on requests: `with self.pulse: ...`"""
+    """`begun = now()` before the work on requests, and `check(begun)` before an answer goes out."""
 
     def __init__(self):
         self.last, self.used = now(), time.process_time()
-        self.held_up = self.begun = 0.0
+        self.held_up = 0.0
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
@@ -35,13 +35,10 @@ class Pulse:
             self.held_up = time_now
         self.last, self.used = time_now, used
 
-    def __enter__(self):
-        self.begun = now()
-
-    def __exit__(self, *_):
+    def check(self, begun):
         self.beat()  # the thread may not have come to see it yet
         # The request may have waited for longer than it was worked on.
-        if self.held_up > self.begun - 1:
+        if self.held_up > begun - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
