@@ -7,16 +7,24 @@ under the same config.pbtxt. Inputs are bound by order; an output's name ends in
 
 import ctypes
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
-from pulse import Pulse
+from pulse import Pulse, now
 
 
 class TritonPythonModel:
+    """On a CPU each core has images of its own, and gets the next ones as soon as it is done.
+
+    So no core waits for another: neither at every layer, as OpenMP's threads do, nor at the end of
+    a batch, and what `preprocess` takes from one core does not stop the rest. A request that is
+    alone has all cores. On a GPU a batch runs as it comes.
+    """
+
     def initialize(self, args):
         keep_memory()
         config = json.loads(args["model_config"])
@@ -35,40 +43,65 @@ class TritonPythonModel:
         self.module = torch.jit.load(path, map_location=self.device).eval()
         self.cores = 1 if on_gpu else torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.cores, initializer=_one_thread)
+        self.under_way = set()  # groups that the pool has
         self.pulse = Pulse()
 
     def execute(self, requests):
-        with self.pulse:
-            return self.answer(requests)
+        """The answers; or None where the cores send them, when one of them wants the next batch.
+
+        That is allowed since Triton 24.06 (python_backend's README, "execute").
+        """
+        begun = now()
+        answers = None
+        self.under_way = {work for work in self.under_way if not work.done()}
+        if self.cores == 1 or (len(requests) == 1 and not self.under_way):
+            answers = self.answers(Group(requests, self.input), self.on_all_cores)
+        else:
+            for core in range(min(self.cores, len(requests))):
+                group = Group(requests[core :: self.cores], self.input)
+                self.under_way.add(self.pool.submit(self.send_answers, group, begun))
+            while len(self.under_way) >= self.cores:
+                self.under_way = wait(self.under_way, return_when=FIRST_COMPLETED).not_done
+        self.pulse.check(begun)
+        return answers
+
+    def send_answers(self, group, begun):
+        """One core's work."""
+        try:
+            answers = self.answers(group, self.on_one_core)
+        except Exception as e:  # as Triton answers where execute() raises
+            error = pb_utils.TritonError(f"vit failed: {e}")
+            answers = [pb_utils.InferenceResponse(error=error) for _ in group.senders]
+        try:
+            for sender, answer in zip(group.senders, answers, strict=True):
+                self.pulse.check(begun)
+                sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except BaseException:
+            # Its caller would wait for ever. A process that ends is noticed.
+            os._exit(1)
 
     @torch.inference_mode()
-    def answer(self, requests):
-        """Run all requests as one batch; copy to the host only what somebody asked for."""
-        inputs = [pb_utils.get_input_tensor_by_name(r, self.input).as_numpy() for r in requests]
-        batch = torch.from_numpy(np.concatenate(inputs) if len(inputs) > 1 else inputs[0])
-        parts = self.run(batch)
-        asked = {name for request in requests for name in request.requested_output_names()}
+    def answers(self, group, run):
+        """Run a group; copy to the host only what somebody asked for."""
+        parts = run(torch.from_numpy(group.pixels))
+        asked = {name for names in group.names for name in names}
         on_host = {name: together(parts, self.outputs[name]) for name in asked}
 
-        responses, start = [], 0
-        for request, rows in zip(requests, inputs, strict=True):
-            stop = start + len(rows)
-            names = request.requested_output_names()
-            tensors = [pb_utils.Tensor(name, on_host[name][start:stop]) for name in names]
-            responses.append(pb_utils.InferenceResponse(tensors))
-            start = stop
-        return responses
+        answers, start = [], 0
+        for rows, names in zip(group.rows, group.names, strict=True):
+            tensors = [pb_utils.Tensor(name, on_host[name][start : start + rows]) for name in names]
+            answers.append(pb_utils.InferenceResponse(tensors))
+            start += rows
+        return answers
 
-    def run(self, batch):
-        """The module's outputs, in parts of the rows: each core has one.
+    def on_all_cores(self, pixels):
+        """The module's outputs, in parts of the rows; one image has all of OpenMP's threads."""
+        if self.cores == 1 or len(pixels) == 1:
+            return [self.forward(pixels.to(self.device))]
+        return list(self.pool.map(self.forward, pixels.tensor_split(min(self.cores, len(pixels)))))
 
-        Cores that work on images of their own do not wait for each other at every layer, as
-        OpenMP's threads do, and what `preprocess` takes from one core does not stop the rest.
-        A single image has all cores.
-        """
-        if self.cores == 1 or len(batch) == 1:
-            return [self.forward(batch.to(self.device))]
-        return list(self.pool.map(self.forward, batch.tensor_split(min(self.cores, len(batch)))))
+    def on_one_core(self, pixels):
+        return [self.forward(pixels)]
 
     @torch.inference_mode()
     def forward(self, pixels):
@@ -77,6 +110,18 @@ class TritonPythonModel:
 
     def finalize(self):
         self.pool.shutdown()
+
+
+class Group:
+    """Requests that run together: their rows, and what each of them asked for."""
+
+    def __init__(self, requests, name):
+        inputs = [pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests]
+        # A copy: Triton takes the requests' own memory back when execute() returns.
+        self.pixels = np.concatenate(inputs)
+        self.rows = [len(rows) for rows in inputs]
+        self.names = [request.requested_output_names() for request in requests]
+        self.senders = [request.get_response_sender() for request in requests]
 
 
 def together(parts, index):
