@@ -49,7 +49,6 @@ def test_repository_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
         *([12], [64], [64, 4, 4], [12], [12]),
     ]
     assert [warmup.batch_size for warmup in found["vit"].model_warmup] == [1, 5]
-    assert list(found["vit"].dynamic_batching.preferred_batch_size) == [2, 5]
     assert {key: value.string_value for key, value in found["vit"].parameters.items()} == {
         "INFERENCE_MODE": "true",
         "DISABLE_OPTIMIZED_EXECUTION": "true",

@@ -77,13 +77,6 @@ def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, s
         warmup.batch_size = min(warmup.batch_size, settings.max_batch_size)
         warmup.inputs["pixels"].dims[:] = config.input[0].dims
     config.model_warmup[-1].batch_size = settings.max_batch_size
-    if settings.device == "cpu":
-        # Of 16 requests at a time half waits while the other half runs. A batcher that takes all
-        # that waits settles at batches of 13 and 3, of which the cores get uneven parts: 44 to 47
-        # images/s on two cores; with these sizes 47 to 50 (24 at a time: 44, then 46; 32: 48, 46).
-        half = settings.max_batch_size // 2
-        sizes = sorted({half, settings.max_batch_size} - {0})
-        config.dynamic_batching.preferred_batch_size[:] = sizes
     # Triton passes these through; clients read them with the ModelConfig call.
     config.parameters["model_name"].string_value = checkpoint.name
     config.parameters["weights"].string_value = "trained" if checkpoint.trained else "random"
