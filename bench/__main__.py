@@ -51,8 +51,9 @@ class Bench:
     binary: Path = field(default_factory=perf_analyzer.install)
 
     def alone(self, what: str) -> dict[str, float]:
-        """Figures of alone.py."""
-        return self._run("alone.py", what, self.repository, inputs.PHOTOS, self.seconds)
+        """Figures of alone.py, in as much time as a load takes."""
+        seconds = WINDOWS * self.seconds
+        return self._run("alone.py", what, self.repository, inputs.PHOTOS, seconds)
 
     def peer(self, peer: Peer, how: str, value: float | Path) -> dict[str, float]:
         """One load on another server, by HTTP. It is stopped in between: an idle LitServe polls."""
