@@ -6,7 +6,9 @@ the SDK see an error that says whether to try again, or none where there is anot
 
 import asyncio
 import contextlib
+import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -18,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import BIN, PHOTOS, Array, Server, serving
 from PIL import Image
 from processes import FREE_PORTS, descendants, gone, model_process, segments, tritonserver
+from torch import Tensor
 from vit_client import AsyncClient, Client, Overloaded, VitClientError
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
@@ -224,3 +228,59 @@ def test_memory_limit(tiny_repository: Path) -> None:
             # Whichever process the kernel has chosen.
             assert server.process.wait(60) in (1, 137, -9)
             assert gone(pids, seconds=45)
+
+
+class FailsOnWhite(torch.nn.Module):
+    """As a network would whose memory ran out: for some batches."""
+
+    def __init__(self, served: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.served = served
+
+    def forward(
+        self, pixels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # typed, for torch.jit.script
+        if bool((pixels == 255).flatten(1).all(1).any()):
+            raise ValueError("white")
+        return self.served(pixels)  # type: ignore[no-any-return]
+
+
+async def mixed(url: str, right: Array) -> Counter[str]:
+    """Outcomes of photos and white images, 16 at a time, so that some share a batch."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(file, "PNG")
+
+    async def ask(image: bytes, name: str) -> str:
+        try:
+            answer = await client.embed(image)
+        except VitClientError as error:
+            return f"{name}: {type(error).__name__}: {error}"
+        return f"{name}: {'right' if np.abs(answer - right).max() < 1e-4 else 'WRONG'}"
+
+    async with AsyncClient(url, retries=0, timeout=30) as client:
+        asking = [ask(PHOTO, "photo") for _ in range(48)]
+        asking[24:24] = [ask(file.getvalue(), "white") for _ in range(4)]
+        return Counter(await asyncio.gather(*asking))
+
+
+def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, embedding: Array) -> None:
+    """All that were in it are told; the rest, and all who come later, are answered."""
+    repository = tmp_path / "models"
+    shutil.copytree(tiny_repository, repository)
+    model, report = repository / "vit" / "1" / "model.pt", repository / "build_report.json"
+    torch.jit.script(FailsOnWhite(torch.jit.load(model))).save(model)
+    facts = json.loads(report.read_text())
+    facts["sha256"]["vit/1/model.pt"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    report.write_text(json.dumps(facts))
+    with serving(repository) as server:
+        outcomes = asyncio.run(mixed(server.url, embedding))
+        print(outcomes)
+        failed = (
+            "ServerError: the server failed (INTERNAL: in ensemble 'embed', the network failed: "
+            "builtins.ValueError: white)"
+        )
+        assert set(outcomes) <= {"photo: right", f"photo: {failed}", f"white: {failed}"}
+        assert outcomes[f"white: {failed}"] == 4
+        assert outcomes["photo: right"] >= 16  # what was in no batch with a white one
+        with Client(server.url, retries=0) as client:
+            assert np.abs(client.embed([PHOTO] * 16) - embedding).max() < 1e-4

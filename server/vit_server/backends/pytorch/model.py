@@ -57,8 +57,8 @@ class TritonPythonModel:
         if self.cores == 1 or (len(requests) == 1 and not self.under_way):
             answers = self.answers(Group(requests, self.input), self.on_all_cores)
         else:
-            for core in range(min(self.cores, len(requests))):
-                group = Group(requests[core :: self.cores], self.input)
+            shares = [requests[core :: self.cores] for core in range(self.cores)]
+            for group in [Group(share, self.input) for share in shares if share]:
                 self.under_way.add(self.pool.submit(self.send_answers, group, begun))
             while len(self.under_way) >= self.cores:
                 self.under_way = wait(self.under_way, return_when=FIRST_COMPLETED).not_done
@@ -67,11 +67,7 @@ class TritonPythonModel:
 
     def send_answers(self, group, begun):
         """One core's work."""
-        try:
-            answers = self.answers(group, self.on_one_core)
-        except Exception as e:  # as Triton answers where execute() raises
-            error = pb_utils.TritonError(f"vit failed: {e}")
-            answers = [pb_utils.InferenceResponse(error=error) for _ in group.senders]
+        answers = self.answers(group, self.on_one_core)
         try:
             for sender, answer in zip(group.senders, answers, strict=True):
                 self.pulse.check(begun)
@@ -80,12 +76,18 @@ class TritonPythonModel:
             # Its caller would wait for ever. A process that ends is noticed.
             os._exit(1)
 
-    @torch.inference_mode()
     def answers(self, group, run):
-        """Run a group; copy to the host only what somebody asked for."""
-        parts = run(torch.from_numpy(group.pixels))
-        asked = {name for names in group.names for name in names}
-        on_host = {name: together(parts, self.outputs[name]) for name in asked}
+        """A response to each request of the group; errors where the network fails."""
+        try:
+            parts = run(torch.from_numpy(group.pixels))
+            # Copy to the host only what somebody asked for.
+            asked = {name for names in group.names for name in names}
+            on_host = {name: together(parts, self.outputs[name]) for name in asked}
+        except Exception as e:
+            pb_utils.Logger.log_error(f"the network failed: {e}")
+            reason = (str(e).strip() or repr(e)).splitlines()[-1]  # of TorchScript's traceback
+            error = pb_utils.TritonError(f"the network failed: {reason}")
+            return [pb_utils.InferenceResponse(error=error) for _ in group.rows]
 
         answers, start = [], 0
         for rows, names in zip(group.rows, group.names, strict=True):
