@@ -157,7 +157,7 @@ class TritonProcess:
 
 def _clean(line: str) -> str:
     """A line of the log without its prefix and quotes."""
-    return re.sub(r"^E\d{4} [^\]]*\] ", "", line).strip('" \n')
+    return re.sub(r"^E\d{4} [^\]]*\] ", "", line).strip('"; \n')
 
 
 def _stubs(triton: int) -> dict[int, str]:
