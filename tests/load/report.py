@@ -12,9 +12,9 @@ from .perf_analyzer import Measured
 HOW_TO_READ = """\
 p50, p90 and p99 are what the client saw, in milliseconds; spread is how far the fastest of the
 three windows was from the slowest. Then, where the mean latency went: queue (waiting to be batched,
-in all steps together), preprocess, vit and postprocess by the server's own statistics, and network
-for the rest (gRPC, copies, the ensemble's passing on, perf_analyzer itself). batch is the mean
-number of images in one run of vit.
+in all steps together), preprocess and postprocess by the server's own statistics, vit for what
+remains of the server's time, and network for what the client saw beyond it (gRPC, perf_analyzer
+itself). batch is the mean number of images in one batch of vit.
 """
 
 
@@ -27,7 +27,7 @@ class Parts:
     vit: float
     postprocess: float
     network: float
-    batch: float  # images in one run of vit
+    batch: float  # images in one batch of vit
 
 
 @dataclass(frozen=True)

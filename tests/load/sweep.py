@@ -6,7 +6,7 @@ from pathlib import Path
 from . import perf_analyzer
 from .perf_analyzer import Measured
 from .report import Parts, Point
-from .triton import Counters, Triton
+from .triton import STEPS, Counters, Triton
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,25 @@ class Sweep:
         measured = perf_analyzer.measure(self.binary, model, data, self.seconds, arguments)
         after = self.triton.counters()
         delta = {name: after[name].since(before[name]) for name in after}
-        return Point(model, images, kind, load, measured, _parts(measured, delta))
+        return Point(model, images, kind, load, measured, _parts(measured, delta, model))
 
 
-def _parts(measured: Measured, delta: dict[str, Counters]) -> Parts | None:
+def _parts(measured: Measured, delta: dict[str, Counters], model: str) -> Parts | None:
     """Split the mean latency; None where this server has not seen the requests."""
     used = {name: each for name, each in delta.items() if each.requests}
-    if "vit" not in used:
+    if model not in used or "vit" not in used:
         return None
-    work = {name: each.compute_ns / each.requests / 1e6 for name, each in used.items()}
-    queue = sum(each.queue_ns / each.requests / 1e6 for each in used.values())
+    steps = {name: used[name] for name in STEPS if name in used}
+    queue = sum(step.queue_ns / step.requests / 1e6 for step in steps.values())
+    work = {name: step.compute_ns / step.requests / 1e6 for name, step in steps.items()}
+    preprocess, postprocess = work.get("preprocess", 0.0), work.get("postprocess", 0.0)
+    total = used[model].total_ns / used[model].requests / 1e6
     return Parts(
         queue=queue,
-        preprocess=work.get("preprocess", 0.0),
-        vit=work["vit"],
-        postprocess=work.get("postprocess", 0.0),
-        network=max(0.0, measured.mean - queue - sum(work.values())),
+        preprocess=preprocess,
+        # Not by vit's own counters: vit-server's backend sends answers after they have stopped.
+        vit=max(0.0, total - queue - preprocess - postprocess),
+        postprocess=postprocess,
+        network=max(0.0, measured.mean - total),
         batch=used["vit"].images / max(1, used["vit"].executions),
     )

@@ -48,6 +48,7 @@ class Counters:
     executions: int
     queue_ns: int
     compute_ns: int
+    total_ns: int  # of an ensemble until it has all its answers
 
     def since(self, earlier: "Counters") -> "Counters":
         """What came in between."""
@@ -57,6 +58,7 @@ class Counters:
             self.executions - earlier.executions,
             self.queue_ns - earlier.queue_ns,
             self.compute_ns - earlier.compute_ns,
+            self.total_ns - earlier.total_ns,
         )
 
 
@@ -93,12 +95,12 @@ class Triton:
         }
 
     def counters(self) -> dict[str, Counters]:
-        """Of each model that does work (ensembles do none)."""
+        """Of each model, ensembles too."""
         try:
             all_stats = self._client.get_inference_statistics(client_timeout=10).model_stats
         except InferenceServerException as e:
             raise ServerError(f"{self.address.host}: {e.message()}") from e
-        return {model.name: _counters(model) for model in all_stats if model.name in STEPS}
+        return {model.name: _counters(model) for model in all_stats}
 
 
 def _counters(model: Any) -> Counters:
@@ -110,6 +112,7 @@ def _counters(model: Any) -> Counters:
         executions=model.execution_count,
         queue_ns=stats.queue.ns,
         compute_ns=sum(part.ns for part in compute),
+        total_ns=stats.success.ns,
     )
 
 
