@@ -138,7 +138,8 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
         for number in range(count):
             say(f"round {number + 1} of {count}: throughput")
             found: dict[str, Any] = {
-                what: bench.alone(what) for what in ("torchscript", "pillow", "eager", "openvino")
+                what: bench.alone(what)
+                for what in ("openvino", "eager", "pillow", "torchscript_a_core", "torchscript")
             }
             found["served"] = bench.served(address, "concurrency", CONCURRENCY)
             found["served alone"] = bench.served(address, "concurrency", 1)
