@@ -210,8 +210,8 @@ def test_half_a_gigabyte_of_nothing(server: Server) -> None:
         neighbour.result()
     assert not wrong
     print("", *seen, sep="\n")
-    # One such file's worth of shared memory stays in each of preprocess' processes (Triton's never
-    # shrinks) and counts in tritonserver's peak, besides the file itself, which it holds up to three
+    # Shared memory for one such file stays in each of preprocess' processes (Triton's never
+    # shrinks). It counts in tritonserver's peak, besides the file, which that holds up to three
     # times.
     first, last = seen[0], seen[-1]
     decoders = [name for name in last.processes if name.startswith("preprocess")]
