@@ -20,7 +20,6 @@ tritonserver \
     --grpc-restricted-protocol="$closed:$key" \
     --http-restricted-api="$closed:$key" \
     --grpc-max-connection-age=30000 \
-    --grpc-infer-allocation-pool-size=0 \
     --backend-config=python,shm-region-prefix-name="$shm" \
     --backend-config=python,shm-default-byte-size=67108864 \
     --backend-config=python,shm-growth-byte-size=67108864 \

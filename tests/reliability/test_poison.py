@@ -203,22 +203,23 @@ def test_half_a_gigabyte_of_nothing(server: Server) -> None:
                     _, error = preprocess(client, [nothing])
                 assert error.startswith("INVALID_ARGUMENT")
                 assert "500000000 bytes" in error
-                assert max(peaks.values()) < 6 * 500, peaks
+                assert max(peaks.values()) < 11 * 500, peaks
                 seen.append(settled(server.process.pid))
         finally:
             stop.set()
         neighbour.result()
     assert not wrong
     print("", *seen, sep="\n")
-    # Shared memory for one such file stays in each of preprocess' processes (Triton's never
-    # shrinks). It counts in tritonserver's peak, besides the file, which that holds up to three
-    # times.
+    # One such file's worth of shared memory stays in each of preprocess' processes (Triton's never
+    # shrinks), and tritonserver keeps as many messages for reuse as
+    # --grpc-infer-allocation-pool-size says: 8. So its peak above has room for these, and for the
+    # one that comes in, which it holds up to three times.
     first, last = seen[0], seen[-1]
     decoders = [name for name in last.processes if name.startswith("preprocess")]
     assert last.shared - before.shared <= len(decoders) * 576
     for name in decoders:
         assert last.processes[name].private - first.processes[name].private < 500
-    assert last.processes["tritonserver"].private < 1.5 * 500
+    assert last.processes["tritonserver"].private < 9 * 500
 
 
 def test_afterwards_it_serves_as_before(server: Server, answers: Answers) -> None:
