@@ -19,12 +19,16 @@ from .tritonserver import ServerError
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 EXIT_SECONDS = 10
+CRASH_SECONDS = 3  # to write its stack trace
 
 
 _LOAD_FAILURE = re.compile(
     r"(?:failed to load(?: model)?|Poll failed for model directory) '([^']+)'"
     r"(?: version \d+)?: (.*)"
 )
+
+# The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
+_SIGNAL = re.compile(r"Signal \((\d+)\) received")
 
 # Errors that say nothing: that there is no GPU, and that it ended.
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
@@ -46,6 +50,7 @@ class TritonProcess:
         self._log: deque[str] = deque(maxlen=1000)
         self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
         self._stubs: dict[int, str] = {}
+        self._crashed: float | None = None  # when
         # Stubs that outlive tritonserver become children of this process, which ends them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._child = subprocess.Popen(
@@ -98,8 +103,9 @@ class TritonProcess:
 
         Raises:
             ServerError: the process of a model has ended. Triton never starts it again, stays
-                "ready" and fails every request, so that is the end of the server too. Or the
-                folder `models` is gone, and Triton has unloaded all of them.
+                "ready" and fails every request, so that is the end of the server too. Or
+                tritonserver has crashed, but does not end. Or the folder `models` is gone, and
+                Triton has unloaded all of them.
         """
         # Not in one waitpid(2): the kernel may give a signal to another thread, and Python runs
         # the handler only when this one comes back.
@@ -109,6 +115,10 @@ class TritonProcess:
             if dead and not self.stopping and not self.exited():
                 model = self._stubs[dead[0]]
                 raise ServerError(f"the process of the model '{model}' has ended (pid {dead[0]})")
+            if self._crashed and time.monotonic() > self._crashed + CRASH_SECONDS:
+                # Its handler takes memory for the stack trace, which waits for ever where memory
+                # was what broke, while other threads go on and refuse every request.
+                raise ServerError("tritonserver has crashed and does not end")
             if not models.is_dir():
                 raise ServerError(f"the server's own folder was removed: {models}")
 
@@ -142,7 +152,11 @@ class TritonProcess:
         assert self._child.stdout is not None
         for line in self._child.stdout:
             self._log.append(line)
-            if not self._quiet and not line.startswith("Signal ("):  # no news: it was told to
+            found = _SIGNAL.match(line)
+            asked = found and int(found[1]) in (signal.SIGINT, signal.SIGTERM)
+            if found and not asked:
+                self._crashed = time.monotonic()
+            if not self._quiet and not asked:  # that is no news
                 sys.stderr.write(line)
                 sys.stderr.flush()
 

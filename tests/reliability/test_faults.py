@@ -93,6 +93,23 @@ def test_a_killed_process(tiny_repository: Path, embedding: Array, victim: str) 
             assert not segments(main)
 
 
+def test_a_crash_that_hangs(tiny_repository: Path) -> None:
+    """As where the heap is broken: tritonserver's own handler waits for memory, for ever."""
+    with serving(tiny_repository, errors=True) as server:
+        assert server.process.stderr is not None
+        pids, triton = descendants(server.process.pid), tritonserver(server.process.pid)
+        os.kill(triton, signal.SIGABRT)
+        for line in server.process.stderr:
+            if line.startswith("Signal (6)"):
+                os.kill(triton, signal.SIGSTOP)  # in its handler
+                break
+        assert server.process.wait(20) == 1
+        said = server.process.stderr.read().splitlines()[-1]
+        assert said == "vit-server: tritonserver has crashed and does not end"
+        assert gone(pids, seconds=45)
+        assert not segments(server.process.pid)
+
+
 def cut_model(repository: Path) -> None:
     model = repository / "vit" / "1" / "model.pt"
     model.write_bytes(model.read_bytes()[:-1000])
