@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from typing import Any
 
 from ._async import AsyncClient
@@ -47,6 +47,10 @@ class Bridge:
             raise
         future = asyncio.run_coroutine_threadsafe(call, loop)
         try:
+            # Not in one wait: the kernel may give a signal to another thread, and Python runs the
+            # handler only when this one comes back.
+            while not future.done():
+                wait([future], timeout=0.2)
             return future.result()
         except BaseException as error:
             future.cancel()

@@ -500,12 +500,15 @@ def test_first_calls_of_many_threads_keep_their_deadlines(proxy: Proxy) -> None:
     assert proxy.calls == ["ModelConfig"] * 2  # again for those with time left
 
 
-def test_ctrl_c_ends_a_call_at_once(proxy: Proxy) -> None:
+@pytest.mark.parametrize("blocked", ["SIGUSR1", "SIGINT"], ids=["any thread", "another thread"])
+def test_ctrl_c_ends_a_call_at_once(proxy: Proxy, blocked: str) -> None:
+    """Whichever thread the kernel gives the signal to."""
     code = """
-        import sys
+        import signal, sys
         from vit_client import Client
         with Client(sys.argv[1]) as client:
             client.model()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.Signals[sys.argv[2]]})
             print("asking", flush=True)
             try:
                 client.embed(b"P6 1 1 255\\n123")
@@ -513,7 +516,7 @@ def test_ctrl_c_ends_a_call_at_once(proxy: Proxy) -> None:
                 print("interrupted", flush=True)
     """
     proxy.delay = 0
-    process = script(code, proxy.url)
+    process = script(code, proxy.url, blocked)
     assert process.stdout is not None
     proxy.delay = 1  # also for the model, but that passes
     assert process.stdout.readline() == "asking\n"
