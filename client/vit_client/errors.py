@@ -150,7 +150,7 @@ class Overloaded(VitClientError):
 
 class Unavailable(VitClientError):
     """No server could be reached at the address, the connection broke, or the server is starting or
-    stopping."""
+    stopping; or another caller's malformed request failed this one."""
 
     retryable = True
 
@@ -173,6 +173,9 @@ _NOT_LOADED = "has no available versions"
 # Of a Python model: the process that it runs in has ended, or stands still.
 _MODEL_DIED = "is not healthy"
 _STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
+# A request whose lengths contradict its bytes or its shape fails all others of its batch (seen with
+# Triton 2.51). This package writes none, so it was somebody else's.
+_NEIGHBOUR_TEXTS = ("incomplete string data", ", max allowed is ")
 
 # For gRPC, a server that is not trusted is one that cannot be reached.
 _TLS_TEXTS = ("handshake", "hostname verification")
@@ -207,7 +210,7 @@ def from_grpc(
         kind = Overloaded
     elif "larger than max" in lower:  # a message, also RESOURCE_EXHAUSTED
         kind = InvalidRequest
-    elif _NOT_LOADED in lower or _MODEL_DIED in lower:
+    elif any(text in lower for text in (_NOT_LOADED, _MODEL_DIED, *_NEIGHBOUR_TEXTS)):
         kind = Unavailable
     elif "request for unknown model" in lower:
         kind = ModelNotServed
@@ -229,6 +232,8 @@ def _message(
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if _MODEL_DIED in details:
         return f"the server at {url} has lost a model ({details})"
+    if any(text in details for text in _NEIGHBOUR_TEXTS):
+        return f"the server at {url} failed this for a malformed request beside it ({details})"
     if kind is Unavailable:
         return f"no server at {url}{_unavailable_hint(url, details)} ({details or code.name})"
     if kind is DeadlineExceeded:

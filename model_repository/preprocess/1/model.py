@@ -160,9 +160,10 @@ class TritonPythonModel:
     def execute(self, requests):
         self.backlog.wait(len(requests))
         begun = now()
-        rows = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy() for r in requests]
+        # Flat: a request may also say that it has the shape [0, 1], and have an image.
+        files = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy().flat for r in requests]
         # Start every row of every request before the first answer is put together.
-        started = [[self.pool.submit(self.decode, row[0]) for row in batch] for batch in rows]
+        started = [[self.pool.submit(self.decode, data) for data in batch] for batch in files]
         answers = [self.answer(futures) for futures in started]
         self.pulse.check(begun)
         return answers

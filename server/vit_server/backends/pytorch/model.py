@@ -8,7 +8,9 @@ under the same config.pbtxt. Inputs are bound by order; an output's name ends in
 import ctypes
 import json
 import os
+import traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -47,36 +49,35 @@ class TritonPythonModel:
         self.pulse = Pulse()
 
     def execute(self, requests):
-        """The answers; or None where the cores send them, when one of them wants the next batch.
+        """The responses; or None where the cores send them, when one of them wants the next batch.
 
         That is allowed since Triton 24.06 (python_backend's README, "execute").
         """
         begun = now()
-        answers = None
+        responses = None
         self.under_way = {work for work in self.under_way if not work.done()}
         if self.cores == 1 or (len(requests) == 1 and not self.under_way):
-            answers = self.answers(Group(requests, self.input), self.on_all_cores)
+            responses = self.respond(Group(requests, self.input), self.on_all_cores)
         else:
             shares = [requests[core :: self.cores] for core in range(self.cores)]
-            for group in [Group(share, self.input) for share in shares if share]:
-                self.under_way.add(self.pool.submit(self.send_answers, group, begun))
-            while len(self.under_way) >= self.cores:
-                self.under_way = wait(self.under_way, return_when=FIRST_COMPLETED).not_done
+            groups = [Group(share, self.input) for share in shares if share]
+            with or_end():  # Triton would answer again what a core has answered
+                for group in groups:
+                    self.under_way.add(self.pool.submit(self.send, group, begun))
+                while len(self.under_way) >= self.cores:
+                    self.under_way = wait(self.under_way, return_when=FIRST_COMPLETED).not_done
         self.pulse.check(begun)
-        return answers
+        return responses
 
-    def send_answers(self, group, begun):
+    def send(self, group, begun):
         """One core's work."""
-        answers = self.answers(group, self.on_one_core)
-        try:
-            for sender, answer in zip(group.senders, answers, strict=True):
+        with or_end():  # nobody else would answer
+            responses = self.respond(group, self.on_one_core)
+            for sender, response in zip(group.senders, responses, strict=True):
                 self.pulse.check(begun)
-                sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except BaseException:
-            # Its caller would wait for ever. A process that ends is noticed.
-            os._exit(1)
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def answers(self, group, run):
+    def respond(self, group, run):
         """A response to each request of the group; errors where the network fails."""
         try:
             parts = run(torch.from_numpy(group.pixels))
@@ -89,12 +90,12 @@ class TritonPythonModel:
             error = pb_utils.TritonError(f"the network failed: {reason}")
             return [pb_utils.InferenceResponse(error=error) for _ in group.rows]
 
-        answers, start = [], 0
+        responses, start = [], 0
         for rows, names in zip(group.rows, group.names, strict=True):
             tensors = [pb_utils.Tensor(name, on_host[name][start : start + rows]) for name in names]
-            answers.append(pb_utils.InferenceResponse(tensors))
+            responses.append(pb_utils.InferenceResponse(tensors))
             start += rows
-        return answers
+        return responses
 
     def on_all_cores(self, pixels):
         """The module's outputs, in parts of the rows; one image has all of OpenMP's threads."""
@@ -124,6 +125,16 @@ class Group:
         self.rows = [len(rows) for rows in inputs]
         self.names = [request.requested_output_names() for request in requests]
         self.senders = [request.get_response_sender() for request in requests]
+
+
+@contextmanager
+def or_end():
+    """A failure in here would leave callers without an answer; a process that ends is noticed."""
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def together(parts, index):
