@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from processes import (
     model_process,
     segments,
     tritonserver,
+    workspaces,
 )
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
@@ -199,16 +199,38 @@ def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
     assert not segments(process.pid)
 
 
+def test_it_can_be_stopped_before_tritonserver_starts(tiny_repository: Path) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not workspaces(process.pid):
+            assert process.poll() is None
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert not workspaces(process.pid)
+    assert not segments(process.pid)
+
+
 def test_killed_vit_server_takes_everything_with_it(tiny_repository: Path) -> None:
     with serving(tiny_repository) as server:
         pids = descendants(server.process.pid)
         server.process.kill()
         server.process.wait()
         assert gone(pids, seconds=45)
-    left = list(Path(tempfile.gettempdir()).glob(f"vit-server-{server.process.pid}-*"))
-    assert left  # the kernel ends processes, but clears no folders: the next server does
+
+
+def test_the_next_server_clears_up_after_a_killed_one(tiny_repository: Path) -> None:
+    """All its processes at once, as where a container is killed."""
+    with serving(tiny_repository) as server:
+        for pid in (server.process.pid, *descendants(server.process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        server.process.wait()
+    assert workspaces(server.process.pid)
+    assert segments(server.process.pid)
     with serving(tiny_repository):
-        assert not left[0].exists()
+        assert not workspaces(server.process.pid)
+        assert not segments(server.process.pid)
 
 
 def test_dead_model_process_ends_the_server(tiny_repository: Path) -> None:

@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
 import ssl
 import sys
 from pathlib import Path
 
 from . import probe, repository, tritonserver
-from .process import TritonProcess
+from .process import STOPS, TritonProcess
 from .tritonserver import Ports, ServerError, Tls
 
 
@@ -30,11 +31,13 @@ def main() -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
+    for number in STOPS:
+        signal.signal(number, _leave)  # until there is a tritonserver to stop
     repository.check(args.model_repository)
     tls = _tls(args)
     ports = reserve_ports(args)
     installation = tritonserver.find()
-    shm_prefix = f"vit_server_{os.getpid()}_"
+    shm_prefix = f"{tritonserver.SEGMENTS}{os.getpid()}_"
     with tritonserver.workspace() as folder:
         tritonserver.prepare(installation, folder)
         models = folder / "models"
@@ -55,10 +58,20 @@ def serve(args: argparse.Namespace) -> int:
             process.ready()
             _tell(ports, tls)
             process.watch(models)
-            answered = not process.stopping or probe.drain(process, ports, models)
-            return process.stop() or int(not answered)
+            if process.stopping:
+                drained = probe.drain(process, ports, models)
+                return process.stop() or int(not drained)
+            code = process.stop()
         finally:
             process.close()
+    print(f"vit-server: tritonserver has ended, exit code {code}", file=sys.stderr)
+    return code
+
+
+def _leave(*_: object) -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)  # not again while files are removed
+    sys.exit(0)
 
 
 def _tell(ports: Ports, tls: Tls | None) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +19,7 @@ from .tritonserver import ServerError
 # prctl(2)
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_SECONDS = 10
 CRASH_SECONDS = 3  # to write its stack trace
 
@@ -50,7 +52,8 @@ class TritonProcess:
         self._log: deque[str] = deque(maxlen=1000)
         self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
         self._stubs: dict[int, str] = {}
-        self._crashed: float | None = None  # when
+        for number in STOPS:
+            signal.signal(number, self._on_signal)
         # Stubs that outlive tritonserver become children of this process, which ends them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._child = subprocess.Popen(
@@ -64,8 +67,6 @@ class TritonProcess:
             text=True,
             errors="replace",
         )
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
 
@@ -83,9 +84,15 @@ class TritonProcess:
         return self._child.poll() is not None
 
     def ready(self) -> None:
-        """It has answered: from here on its log is shown, and its models' processes are watched."""
+        """It has answered: from here on its log is shown, and its models' processes are watched.
+
+        Raises:
+            ServerError: one of them has ended since it answered.
+        """
         self._quiet = False
         self._stubs = _stubs(self._child.pid)
+        for model in {"preprocess", "vit", "postprocess"} - set(self._stubs.values()):
+            raise ServerError(f"the process of the model '{model}' has ended")
 
     def failure(self) -> ServerError:
         """Why it went away, from its log."""
@@ -103,9 +110,8 @@ class TritonProcess:
 
         Raises:
             ServerError: the process of a model has ended. Triton never starts it again, stays
-                "ready" and fails every request, so that is the end of the server too. Or
-                tritonserver has crashed, but does not end. Or the folder `models` is gone, and
-                Triton has unloaded all of them.
+                "ready" and fails every request, so that is the end of the server too. Or the
+                folder `models` is gone, and Triton has unloaded all of them.
         """
         # Not in one waitpid(2): the kernel may give a signal to another thread, and Python runs
         # the handler only when this one comes back.
@@ -115,10 +121,6 @@ class TritonProcess:
             if dead and not self.stopping and not self.exited():
                 model = self._stubs[dead[0]]
                 raise ServerError(f"the process of the model '{model}' has ended (pid {dead[0]})")
-            if self._crashed and time.monotonic() > self._crashed + CRASH_SECONDS:
-                # Its handler takes memory for the stack trace, which waits for ever where memory
-                # was what broke, while other threads go on and refuse every request.
-                raise ServerError("tritonserver has crashed and does not end")
             if not models.is_dir():
                 raise ServerError(f"the server's own folder was removed: {models}")
 
@@ -142,6 +144,7 @@ class TritonProcess:
         self._child.kill()
         self._child.wait()
         self._end_orphans()
+        self._reader.join(timeout=5)  # their last words, before what this process says of it
         for segment in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
             segment.unlink(missing_ok=True)
 
@@ -155,10 +158,15 @@ class TritonProcess:
             found = _SIGNAL.match(line)
             asked = found and int(found[1]) in (signal.SIGINT, signal.SIGTERM)
             if found and not asked:
-                self._crashed = time.monotonic()
+                # Its handler takes memory for the stack trace, which waits for ever where memory
+                # was what broke, while other threads go on and refuse every request.
+                timer = threading.Timer(CRASH_SECONDS, self._child.kill)
+                timer.daemon = True
+                timer.start()
             if not self._quiet and not asked:  # that is no news
-                sys.stderr.write(line)
-                sys.stderr.flush()
+                with suppress(OSError):  # a full disk, or nobody there: tritonserver must not wait
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
 
     def _end_orphans(self) -> None:
         """Kill the stubs that tritonserver left, which the kernel has given to this process."""
@@ -176,14 +184,15 @@ def _clean(line: str) -> str:
 
 def _stubs(triton: int) -> dict[int, str]:
     """The processes that Python models run in, and their models."""
-    children = Path(f"/proc/{triton}/task/{triton}/children").read_text().split()
-    # …/triton_python_backend_stub …/preprocess/1/model.py …
-    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in children}
-    return {
-        pid: Path(words[1]).parent.parent.name
-        for pid, words in lines.items()
-        if words[0].endswith("triton_python_backend_stub")
-    }
+    found = {}
+    for children in Path(f"/proc/{triton}/task").glob("*/children"):  # of any of its threads
+        with suppress(OSError):  # a thread or a process that has just ended
+            for pid in children.read_text().split():
+                # …/triton_python_backend_stub …/preprocess/1/model.py …
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if words[0].endswith("triton_python_backend_stub"):
+                    found[int(pid)] = Path(words[1]).parent.parent.name
+    return found
 
 
 def _alive(pid: int) -> bool:

@@ -11,13 +11,15 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 OUR_BACKENDS = Path(__file__).parent / "backends"
-_WORKSPACE = "vit-server-"
+# A pid follows each of them.
+_WORKSPACE = "vit-server-"  # in /tmp
+SEGMENTS = "vit_server_"  # in /dev/shm
 MIB = 1 << 20
 
 
@@ -92,18 +94,38 @@ def workspace() -> Iterator[Path]:
     temporary = Path(tempfile.gettempdir())
     if not re.fullmatch(r"[\w/.-]+", str(temporary), re.ASCII):
         temporary = Path("/tmp")
-    for left in temporary.glob(f"{_WORKSPACE}*"):  # by a server that was killed
-        if not Path("/proc", left.name.removeprefix(_WORKSPACE).partition("-")[0]).exists():
-            shutil.rmtree(left, ignore_errors=True)
-    prefix = f"{_WORKSPACE}{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=temporary) as folder:
+    _clear_after_the_killed(temporary)
+    folder = temporary / f"{_WORKSPACE}{os.getpid()}-{secrets.token_hex(4)}"
+    try:  # before it is made: a signal may come at any moment
+        folder.mkdir(0o700)
         lock = os.open(folder, os.O_RDONLY)
         try:
             # What clears old files from /tmp (systemd-tmpfiles) passes by a locked folder.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield Path(folder)
+            yield folder
         finally:
             os.close(lock)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear_after_the_killed(temporary: Path) -> None:
+    """Remove what servers left that could not do it themselves."""
+    ours = str(os.getpid())  # in a container it is always 1
+    for left in (*temporary.glob(f"{_WORKSPACE}*"), *Path("/dev/shm").glob(f"{SEGMENTS}*")):
+        pid = re.split("[-_]", left.name)[2]
+        if pid != ours and Path("/proc", pid).exists():
+            continue
+        with suppress(OSError):  # another user's, or locked by a server in another container
+            if not left.is_dir():
+                left.unlink()
+                continue
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 def prepare(installation: Installation, folder: Path) -> None:

@@ -8,36 +8,55 @@ import asyncio
 import contextlib
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
+import random
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, PHOTOS, Array, Server, serving
+from conftest import BIN, PHOTOS, Array, Server, png, serving
 from PIL import Image
 from processes import FREE_PORTS, descendants, gone, model_process, segments, tritonserver
 from torch import Tensor
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from vit_client import AsyncClient, Client, Overloaded, VitClientError
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 MODELS = ("preprocess", "vit", "postprocess")
 
 
+Known = tuple[list[bytes], Array]  # images, and the embedding of each
+
+
 @pytest.fixture(scope="module")
-def embedding(tiny_server: Server) -> Array:
+def known(tiny_server: Server) -> Known:
+    """They differ, so that the answer of another image is a wrong one."""
+    rng = np.random.default_rng(0)
+    images = [png(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(12)]
     with Client(tiny_server.url) as client:
-        return client.embed(PHOTO)
+        right = client.embed(images)
+    assert min(abs(a - b).max() for a, b in itertools.combinations(right, 2)) > 0.01
+    return images, right
 
 
-async def kill_under_load(url: str, pid: int, right: Array) -> tuple[Counter[str], float]:
+def same(answer: Array, right: Array) -> bool:
+    return bool(np.abs(answer - right).max() < 1e-4)
+
+
+async def kill_under_load(url: str, pid: int, known: Known) -> tuple[Counter[str], float]:
     """What callers see while the process `pid` is killed, and the seconds until all had an answer.
 
     Every call is one of these: answered rightly, or an error by its name.
@@ -45,12 +64,14 @@ async def kill_under_load(url: str, pid: int, right: Array) -> tuple[Counter[str
     outcomes: Counter[str] = Counter()
     killed = 0.0
 
+    images, right = known
+
     async def ask(client: AsyncClient) -> None:
         while True:
+            four = random.sample(range(len(images)), 4)
             try:
-                answer = await client.embed([PHOTO] * 4)
-                wrong = np.abs(answer - right).max() > 1e-4
-                outcome = "WRONG" if wrong else "answered"
+                answer = await client.embed([images[i] for i in four])
+                outcome = "answered" if same(answer, right[four]) else "WRONG"
             except VitClientError as error:
                 outcome = type(error).__name__ + (
                     " (retryable)" if error.retryable else f": {error}"
@@ -71,23 +92,25 @@ async def kill_under_load(url: str, pid: int, right: Array) -> tuple[Counter[str
 
 
 @pytest.mark.parametrize("victim", [*MODELS, "tritonserver", "vit-server"])
-def test_a_killed_process(tiny_repository: Path, embedding: Array, victim: str) -> None:
+def test_a_killed_process(tiny_repository: Path, known: Known, victim: str) -> None:
     with serving(tiny_repository, errors=True) as server:
         main = server.process.pid
         pids = descendants(main)
         pid = main if victim == "vit-server" else tritonserver(main)
         if victim in MODELS:
             pid = model_process(main, victim)
-        outcomes, seconds = asyncio.run(kill_under_load(server.url, pid, embedding))
+        outcomes, seconds = asyncio.run(kill_under_load(server.url, pid, known))
         print(victim, dict(outcomes), f"{seconds:.1f} s")
         assert set(outcomes) == {"answered", "Unavailable (retryable)"}
         assert seconds < 35
         code = server.process.wait(60)
         assert code == {"tritonserver": 137, "vit-server": -9}.get(victim, 1)
+        assert server.process.stderr is not None
+        said = server.process.stderr.read().splitlines()[-1]
         if victim in MODELS:
-            assert server.process.stderr is not None
-            said = server.process.stderr.read().splitlines()[-1]
             assert said == f"vit-server: the process of the model '{victim}' has ended (pid {pid})"
+        if victim == "tritonserver":
+            assert said == "vit-server: tritonserver has ended, exit code 137"
         assert gone(pids, seconds=45)
         if victim != "vit-server":
             assert not segments(main)
@@ -103,9 +126,9 @@ def test_a_crash_that_hangs(tiny_repository: Path) -> None:
             if line.startswith("Signal (6)"):
                 os.kill(triton, signal.SIGSTOP)  # in its handler
                 break
-        assert server.process.wait(20) == 1
+        assert server.process.wait(20) == 137
         said = server.process.stderr.read().splitlines()[-1]
-        assert said == "vit-server: tritonserver has crashed and does not end"
+        assert said == "vit-server: tritonserver has ended, exit code 137"
         assert gone(pids, seconds=45)
         assert not segments(server.process.pid)
 
@@ -192,7 +215,7 @@ def test_dev_shm_too_small_to_start(tiny_repository: Path) -> None:
     assert "No space left on device" in said
 
 
-def test_dev_shm_fills_up(tiny_repository: Path, embedding: Array) -> None:
+def test_dev_shm_fills_up(tiny_repository: Path, known: Known) -> None:
     """What Triton needs for usual requests it has taken beforehand."""
     too_large = b"P6 7000 7000 255\n" + bytes(3 * 7000 * 7000)  # 147 MB, of 64 there are
     with serving(tiny_repository, under=small_shm(270)) as server:
@@ -201,11 +224,10 @@ def test_dev_shm_fills_up(tiny_repository: Path, embedding: Array) -> None:
             while True:
                 fill.write(bytes(1 << 16))
                 fill.flush()
-        with Client(server.url, retries=0, timeout=60) as client:
-            assert np.abs(client.embed(PHOTO) - embedding).max() < 1e-4
-            with pytest.raises(Overloaded, match="shared memory"):
-                client.embed(too_large)
-            assert np.abs(client.embed([PHOTO] * 16) - embedding).max() < 1e-4
+        too_much = pytest.raises(Overloaded, match="shared memory")
+        with Client(server.url, retries=0, timeout=60) as client, too_much:
+            client.embed(too_large)
+        assert asyncio.run(one_by_one(server.url, known)) == {"right": 96}
 
 
 @contextlib.contextmanager
@@ -262,25 +284,64 @@ class FailsOnWhite(torch.nn.Module):
         return self.served(pixels)  # type: ignore[no-any-return]
 
 
-async def mixed(url: str, right: Array) -> Counter[str]:
-    """Outcomes of photos and white images, 16 at a time, so that some share a batch."""
-    file = io.BytesIO()
-    Image.new("RGB", (64, 64), "white").save(file, "PNG")
+async def one_by_one(url: str, known: Known, white: int = 0, retries: int = 0) -> Counter[str]:
+    """Outcomes of 96 requests of one image, many at a time, some white ones in the middle."""
+    images, right = known
 
-    async def ask(image: bytes, name: str) -> str:
+    async def ask(i: int) -> str:
         try:
-            answer = await client.embed(image)
+            return "right" if same(await client.embed(images[i]), right[i]) else "WRONG"
         except VitClientError as error:
-            return f"{name}: {type(error).__name__}: {error}"
-        return f"{name}: {'right' if np.abs(answer - right).max() < 1e-4 else 'WRONG'}"
+            return f"{type(error).__name__}: {error}"
 
-    async with AsyncClient(url, retries=0, timeout=30) as client:
-        asking = [ask(PHOTO, "photo") for _ in range(48)]
-        asking[24:24] = [ask(file.getvalue(), "white") for _ in range(4)]
+    async def ask_white() -> str:
+        try:
+            return f"white: {await client.embed(png(np.full((8, 8, 3), 255, np.uint8)))}"
+        except VitClientError as error:
+            return f"white: {error}"
+
+    async with AsyncClient(url, retries=retries, timeout=30) as client:
+        asking = [ask(i % len(images)) for i in range(96)]
+        asking[48:48] = [ask_white() for _ in range(white)]
         return Counter(await asyncio.gather(*asking))
 
 
-def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, embedding: Array) -> None:
+def malformed(model: str, name: str, datatype: str, shape: list[int]) -> pb.ModelInferRequest:
+    """A string of 100 bytes that has one; or a shape of no rows, with bytes for one."""
+    request = pb.ModelInferRequest(model_name=model)
+    request.inputs.add(name=name, datatype=datatype, shape=shape)
+    rows = shape[0] or math.prod(shape[1:])
+    data = struct.pack("<I", 100 if shape[0] else 1) + b"x" if datatype == "BYTES" else bytes(rows)
+    request.raw_input_contents.append(data)
+    return request
+
+
+MALFORMED = [
+    malformed("embed", "image", "BYTES", [1, 1]),
+    malformed("preprocess", "image", "BYTES", [0, 1]),
+    malformed("vit", "pixels", "UINT8", [0, 64, 64, 3]),
+]
+
+
+@pytest.mark.parametrize("request_", MALFORMED, ids=["string", "no rows", "no rows of pixels"])
+def test_malformed_request_beside_others(
+    tiny_server: Server, known: Known, request_: pb.ModelInferRequest
+) -> None:
+    """Triton fails all of a batch for some of these; the SDK tries again."""
+
+    async def run() -> Counter[str]:
+        async with grpc.aio.insecure_channel(tiny_server.url) as channel:
+            send = GRPCInferenceServiceStub(channel).ModelInfer
+            others = asyncio.ensure_future(one_by_one(tiny_server.url, known, retries=2))
+            for _ in range(20):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await send(request_, timeout=30)
+            return await others
+
+    assert asyncio.run(run()) == {"right": 96}
+
+
+def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, known: Known) -> None:
     """All that were in it are told; the rest, and all who come later, are answered."""
     repository = tmp_path / "models"
     shutil.copytree(tiny_repository, repository)
@@ -290,14 +351,13 @@ def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, embedding: Ar
     facts["sha256"]["vit/1/model.pt"] = hashlib.sha256(model.read_bytes()).hexdigest()
     report.write_text(json.dumps(facts))
     with serving(repository) as server:
-        outcomes = asyncio.run(mixed(server.url, embedding))
+        outcomes = asyncio.run(one_by_one(server.url, known, white=4))
         print(outcomes)
         failed = (
-            "ServerError: the server failed (INTERNAL: in ensemble 'embed', the network failed: "
+            "the server failed (INTERNAL: in ensemble 'embed', the network failed: "
             "builtins.ValueError: white)"
         )
-        assert set(outcomes) <= {"photo: right", f"photo: {failed}", f"white: {failed}"}
+        assert set(outcomes) <= {"right", f"ServerError: {failed}", f"white: {failed}"}
         assert outcomes[f"white: {failed}"] == 4
-        assert outcomes["photo: right"] >= 16  # what was in no batch with a white one
-        with Client(server.url, retries=0) as client:
-            assert np.abs(client.embed([PHOTO] * 16) - embedding).max() < 1e-4
+        assert outcomes["right"] >= 64  # what was in no batch with a white one
+        assert asyncio.run(one_by_one(server.url, known)) == {"right": 96}
