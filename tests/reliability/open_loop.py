@@ -88,14 +88,17 @@ class Load:
     ) -> Outcome:
         async with grpc.aio.insecure_channel(self.url) as channel:
             stub = GRPCInferenceServiceStub(channel)
-            known = [_embedding(await stub.ModelInfer(_request(data))) for data in self.images]
+            # Bytes that were written once: what callers cost is taken from the server's cores.
+            infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+            requests = [_wire.request("embed", [data]).SerializeToString() for data in self.images]
+            known = [_embedding(await infer(request)) for request in requests]
             outcome = Outcome()
 
             async def one() -> None:
                 i = random.randrange(len(known))
                 started = time.monotonic()
                 try:
-                    response = await stub.ModelInfer(_request(self.images[i]), timeout=120)
+                    response = await infer(requests[i], timeout=120)
                 except grpc.aio.AioRpcError as failure:
                     error = from_grpc(failure, url="", task="embed", timeout=120)
                     if isinstance(error, Overloaded):
@@ -135,9 +138,6 @@ async def executed(stub: GRPCInferenceServiceStub) -> dict[str, tuple[int, float
     }
 
 
-def _request(data: bytes) -> pb.ModelInferRequest:
-    return _wire.request("embed", [data])
-
-
-def _embedding(response: pb.ModelInferResponse) -> npt.NDArray[np.float32]:
-    return np.frombuffer(response.raw_output_contents[0], np.float32)
+def _embedding(response: bytes) -> npt.NDArray[np.float32]:
+    answer = pb.ModelInferResponse.FromString(response)
+    return np.frombuffer(answer.raw_output_contents[0], np.float32)

@@ -31,6 +31,7 @@ def image(seed: int, side: int) -> bytes:
 
 SMALL = [image(seed, 64) for seed in range(8)]
 LARGE = [image(seed, 1200) for seed in range(8)]
+HUGE = [image(seed, 3600) for seed in range(8)]
 
 
 @pytest.mark.timeout(600)  # the full-size model takes minutes where others use the cores
@@ -94,7 +95,7 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
     async def burst() -> list[str]:
         async with AsyncClient(tiny_server.url, timeout=30, concurrency=120, retries=0) as client:
             await client.embed(SMALL[0])
-            tasks = [ask(client, LARGE[i % len(LARGE)]) for i in range(120)]
+            tasks = [ask(client, HUGE[i % len(HUGE)]) for i in range(120)]
             return await asyncio.gather(*tasks)
 
     before = counters(tiny_server)
@@ -102,9 +103,9 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
     done = {name: count - before[name] for name, count in settled(tiny_server).items()}
     answered = outcomes.count("answered")
     print(f"\n{answered} of 120 answered; the server's count: {done}", end="")
-    # Two batches are being decoded when their callers leave, one is at vit, and one may wait there.
-    assert done["decoded"] <= answered + 64
-    assert done["expired"] >= 120 - answered - 64
+    # Two batches are being decoded when their callers leave, and one is on its way through vit.
+    assert done["decoded"] <= answered + 48
+    assert done["expired"] >= 120 - answered - 48 > 0
     assert done["vit"] <= done["decoded"]
 
 

@@ -24,7 +24,10 @@ TASKS = ("classify", "probabilities", "embed", "features")
 
 
 async def stop_under_load(server: Server, number: int, before: Counter[str]) -> Counter[str]:
-    """Outcomes of requests that were sent after the signal; those sent before go to `before`."""
+    """Outcomes of requests that were sent after the signal; those sent before go to `before`.
+
+    One that was written in the last moment may have been on its way: it is with those after.
+    """
     after: Counter[str] = Counter()
     told = 0.0
 
@@ -37,11 +40,7 @@ async def stop_under_load(server: Server, number: int, before: Counter[str]) -> 
             except grpc.aio.AioRpcError as error:
                 kind = from_grpc(error, url="", task=task, timeout=100)
                 outcome = "Unavailable" if isinstance(kind, Unavailable) else str(kind)
-            # One that was written in the last moment may have been on its way.
-            if not told or started < told - 0.5:
-                before[outcome] += 1
-            elif started > told:
-                after[outcome] += 1
+            (before if not told or started < told - 0.5 else after)[outcome] += 1
             if told and server.process.poll() is not None:
                 return
             await asyncio.sleep(0 if outcome == "answered" else 0.1)
