@@ -30,8 +30,7 @@ def image(seed: int, side: int) -> bytes:
 
 
 SMALL = [image(seed, 64) for seed in range(8)]
-LARGE = [image(seed, 1200) for seed in range(8)]
-HUGE = [image(seed, 3600) for seed in range(8)]
+LARGE = [image(seed, 2400) for seed in range(8)]
 
 
 @pytest.mark.timeout(600)  # the full-size model takes minutes where others use the cores
@@ -59,14 +58,22 @@ def test_four_times_the_load(
     places = 14 * batch
     over = asyncio.run(load.open(4 * peak.rate, 6 * places))
     again = asyncio.run(load.closed(1, 4))
-    for name, outcome in {"calm": calm, "peak": peak, "4 x": over, "afterwards": again}.items():
+    peak_again = asyncio.run(load.closed(4 * batch, 12))  # the machine's speed drifts
+    phases = {
+        "calm": calm,
+        "peak": peak,
+        "4 x": over,
+        "afterwards": again,
+        "peak again": peak_again,
+    }
+    for name, outcome in phases.items():
         print(f"\n{bottleneck}, {name}: {outcome}", end="")
     cores = len(os.sched_getaffinity(0))
     left = (cores - over.callers) / (cores - peak.callers)  # to the server
-    goodput = over.rate / peak.rate
+    goodput = over.rate / statistics.mean((peak.rate, peak_again.rate))
     print(f"\ngoodput {goodput:.2f} of the peak, with {left:.2f} of the cores", end="")
 
-    for outcome in (calm, peak, over, again):
+    for outcome in phases.values():
         assert outcome.wrong == 0
         assert not outcome.other
     # At once: a moment beside what the accepted ones wait.
@@ -95,7 +102,7 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
     async def burst() -> list[str]:
         async with AsyncClient(tiny_server.url, timeout=30, concurrency=120, retries=0) as client:
             await client.embed(SMALL[0])
-            tasks = [ask(client, HUGE[i % len(HUGE)]) for i in range(120)]
+            tasks = [ask(client, LARGE[i % len(LARGE)]) for i in range(120)]
             return await asyncio.gather(*tasks)
 
     before = counters(tiny_server)
