@@ -35,7 +35,7 @@ def throughputs(found: Round) -> dict[str, float]:
         STRICTER: 1 / (1 / a_core + 1 / pillow),
         "model.pt alone, best batch": model,
         "model.pt alone, a loop on each core, best batch": a_core,
-        "OpenVINO bf16 alone, best batch": found["openvino"]["best"],
+        "OpenVINO alone, in the same precision, best batch": found["openvino"]["best"],
         "Pillow alone, all cores": pillow,
         "eager fp32, one photo at a time": found["eager"]["1"],
         **{name: found[server]["per_second"] for server, name in SERVERS.items()},

@@ -106,7 +106,8 @@ def pillow(repository: Path, photos: list[bytes], seconds: float) -> Figures:
 
 
 def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """The same network compiled by OpenVINO in bf16: one stream of all cores, and one a core."""
+    """The network compiled by OpenVINO, in the same precision: one stream of all cores, and one a
+    core."""
     import openvino as ov  # type: ignore[import-untyped]
 
     module = network.eager(repository)
@@ -115,12 +116,13 @@ def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
     example = torch.from_numpy(np.stack(pixels[:2]))
     with torch.inference_mode():
         model = ov.convert_model(module, example_input=example)
+    hint = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[network.precision(repository)]
     ways: Ways = {}
     for batch in BATCHES:
         model.reshape([batch, *size, 3])
         rows = np.stack(pixels[:batch])
         for streams, name in ((1, f"{batch}"), (CORES, f"{batch} a core")):
-            settings = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": CORES}
+            settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": CORES}
             compiled = ov.Core().compile_model(model, "CPU", {**settings, "NUM_STREAMS": streams})
             queue = ov.AsyncInferQueue(compiled, streams)
 

@@ -52,6 +52,12 @@ def sizes(repository: Path) -> ViTConfig:
     return ViTConfig(**{**network, "image_size": tuple(network["image_size"])})
 
 
+def precision(repository: Path) -> str:
+    """Of model.pt: fp32, bf16 or fp16."""
+    name: str = _report(repository)["precision"]
+    return name
+
+
 def eager(repository: Path) -> ServedViT:
     """The same network in fp32, not traced. Its weights are made: they cost the same."""
     checkpoint = vit_builder.random(sizes(repository))
