@@ -150,6 +150,12 @@ def _positive(text: str) -> int:
     return number
 
 
+def _batch_size(text: str) -> int:
+    if (number := _positive(text)) > 1024:
+        raise argparse.ArgumentTypeError(f"{text} is over 1024: no GPU is faster with more")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-builder",
@@ -214,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-batch-size",
-        type=_positive,
+        type=_batch_size,
         metavar="N",
         help="most images in one batch (default: 16 for the CPU, 64 for cuda)",
     )

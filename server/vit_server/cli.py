@@ -51,20 +51,23 @@ def serve(args: argparse.Namespace) -> int:
         env["VIT_METRICS"] = f"{tritonserver.bracketed(ports.host)}:{ports.metrics}"
         process = TritonProcess(command, env, shm_prefix, args.verbose)
         try:
-            print("Starting tritonserver …", file=sys.stderr, flush=True)
-            probe.wait_until_answering(process, ports)
+            _say("Starting tritonserver …")
+            probe.wait_until_answering(process, ports, folder.name)
             if process.stopping:
                 return process.stop()
             process.ready()
             _tell(ports, tls)
             process.watch(models)
             if process.stopping:
+                _say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
                 drained = probe.drain(process, ports, models)
+                if not drained and not process.hurried:
+                    _say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
                 return process.stop() or int(not drained)
             code = process.stop()
         finally:
             process.close()
-    print(f"vit-server: tritonserver has ended, exit code {code}", file=sys.stderr)
+    _say(f"vit-server: tritonserver has ended, exit code {code}")
     return code
 
 
@@ -74,12 +77,23 @@ def _leave(*_: object) -> None:
     sys.exit(0)
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk, or nobody there: no reason to end
+        print(text, file=sys.stderr, flush=True)
+
+
 def _tell(ports: Ports, tls: Tls | None) -> None:
     host, http_host = map(tritonserver.bracketed, (ports.host, ports.http_host))
-    print(f"gRPC     {'grpcs://' if tls else ''}{host}:{ports.grpc}")
-    print(f"HTTP     http://{http_host}:{ports.http}")
-    print(f"metrics  http://{host}:{ports.metrics}/metrics")
-    print("Ready: every model has answered. Ctrl-C stops.", flush=True)
+    lines = [
+        f"gRPC     {'grpcs://' if tls else ''}{host}:{ports.grpc}",
+        f"HTTP     http://{http_host}:{ports.http}",
+        f"metrics  http://{host}:{ports.metrics}/metrics",
+        "Ready: every model has answered. Ctrl-C stops.",
+    ]
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError:  # as above; and Python would try to write it again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:
@@ -155,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-server",
         description="Serve a model repository with the real tritonserver, in the foreground, until "
-        "Ctrl-C or SIGTERM. Takes the GPU where there is one. The exit code is tritonserver's.",
+        "Ctrl-C or SIGTERM, which let what was accepted be answered (a second one does not). Takes "
+        "the GPU where there is one. Exit codes: 0 stopped as asked; 1 it could not start, a "
+        "model's process has ended, or not all was answered; 130 stopped at once; else "
+        "tritonserver's.",
         epilog="Threads: OMP_NUM_THREADS in the environment, or all cores this process may use.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -184,7 +201,13 @@ def _parser() -> argparse.ArgumentParser:
         help="what vit-client talks to; 0 takes a free one, for each of the three",
     )
     add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls over HTTP")
-    add("--metrics-port", type=_port, default=8002, metavar="PORT", help="for Prometheus")
+    add(
+        "--metrics-port",
+        type=_port,
+        default=8002,
+        metavar="PORT",
+        help="for Prometheus, at --host and always without encryption",
+    )
     add(
         "--grpc-max-connection-age",
         type=_seconds,
@@ -193,7 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         help="then a client is asked to connect anew, which costs it no request. It looks its name "
         "up again, and so finds servers that were added",
     )
-    tls = parser.add_argument_group("TLS for gRPC (HTTP has none, and then stays on loopback)")
+    tls = parser.add_argument_group(
+        "TLS for gRPC (HTTP has none, and then stays on loopback; metrics do not)"
+    )
     tls.add_argument("--tls-certificate", type=Path, metavar="FILE", help="the server's, as PEM")
     tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, as PEM")
     tls.add_argument(

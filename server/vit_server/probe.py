@@ -27,13 +27,16 @@ DRAIN_SECONDS = 30
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def wait_until_answering(process: TritonProcess, ports: Ports) -> None:
+def wait_until_answering(process: TritonProcess, ports: Ports, name: str) -> None:
     """Return when every model has answered a real request, or the process was told to stop.
 
-    READY alone proves little: a model can be ready and fail on every request.
+    READY alone proves little: a model can be ready and fail on every request. And another server
+    may have taken the port in the last moment: ours has that `name`.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not process.stopping and _status(ports, "health/ready") != 200:
+    while not process.stopping and not (
+        _status(ports, "health/ready") == 200 and _name(ports) == name
+    ):
         if process.exited():
             raise process.failure()
         if time.monotonic() > deadline:
@@ -78,6 +81,15 @@ def _status(ports: Ports, path: str) -> int:
         return e.code
     except OSError:
         return 0
+
+
+def _name(ports: Ports) -> str:
+    """Of the server, by its own word; empty where nobody answers."""
+    try:
+        with _opener.open(_url(ports, ""), timeout=5) as response:
+            return str(json.load(response)["name"])
+    except OSError:
+        return ""
 
 
 def _infer(ports: Ports, ensemble: str, output: str) -> None:

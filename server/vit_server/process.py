@@ -32,6 +32,10 @@ _LOAD_FAILURE = re.compile(
 # The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
 
+# Triton's Python backend makes one of these for each backend, always there, and leaves it, empty,
+# where it is ended before its own end.
+_LEFT = "python_env_*"
+
 # Errors that say nothing: that there is no GPU, and that it ended.
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
@@ -54,6 +58,7 @@ class TritonProcess:
         self._stubs: dict[int, str] = {}
         for number in STOPS:
             signal.signal(number, self._on_signal)
+        self._others = set(Path("/tmp").glob(_LEFT))
         # Stubs that outlive tritonserver become children of this process, which ends them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._child = subprocess.Popen(
@@ -147,6 +152,9 @@ class TritonProcess:
         self._reader.join(timeout=5)  # their last words, before what this process says of it
         for segment in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
             segment.unlink(missing_ok=True)
+        for folder in set(Path("/tmp").glob(_LEFT)) - self._others:
+            with suppress(OSError):  # not empty, or another user's
+                folder.rmdir()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.signals.append(time.monotonic())

@@ -149,12 +149,15 @@ def command(
     shm_prefix: str,
     verbose: bool,
 ) -> list[str]:
-    """tritonserver's arguments, for a folder with `backends` and `models`."""
+    """tritonserver's arguments, for a folder with `backends` and `models`; by its name, which is in
+    its metadata, it can be told from others.
+    """
     # Nobody needs these calls here, and Triton has no switch to turn them off: a key that nobody
     # knows does it. Shared memory would let a client name a file of /dev/shm to read or write.
     key = f"closed={secrets.token_hex(16)}"
     return [
         str(installation.binary),
+        f"--id={folder.name}",
         f"--model-repository={folder / 'models'}",
         f"--backend-directory={folder / 'backends'}",
         f"--grpc-address={bracketed(ports.host)}",
