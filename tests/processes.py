@@ -35,6 +35,11 @@ def workspaces(pid: int) -> list[Path]:
     return list(Path("/tmp").glob(f"vit-server-{pid}-*"))
 
 
+def environments() -> set[Path]:
+    """What Triton's Python backend makes and, ended the hard way, leaves. Of all servers."""
+    return set(Path("/tmp").glob("python_env_*"))
+
+
 def model_processes(pid: int, model: str) -> list[int]:
     """The processes that a model runs in, below the vit-server `pid`."""
     return [

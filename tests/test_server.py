@@ -1,5 +1,6 @@
 """vit-server as a process: how it starts, what it says when it cannot, what it leaves."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from conftest import BIN, PHOTOS, Server, serving
 from processes import (
     FREE_PORTS,
     descendants,
+    environments,
     gone,
     listening,
     model_process,
@@ -67,6 +69,48 @@ def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) 
     assert "Address already in use" in start_and_fail(
         tiny_repository, *FREE_PORTS, "--grpc-port", port
     )
+
+
+def test_two_at_once_on_the_same_ports(tiny_repository: Path) -> None:
+    """Whichever loses must not take the other's answers for its own."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        numbers = [str(probe.getsockname()[1]) for probe in probes]
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, "--grpc-port", numbers[0]]
+    command += ["--http-port", numbers[1], "--metrics-port", numbers[2]]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    while all(process.poll() is None for process in both):
+        time.sleep(0.1)
+    loser, winner = sorted(both, key=lambda process: process.poll() is None)
+    said, why = loser.communicate(timeout=60)
+    assert loser.returncode == 1
+    assert "Ready" not in said
+    assert "in use" in why.splitlines()[-1]
+    if winner.stdout is not None:
+        assert any(line.startswith("Ready") for line in winner.stdout)
+    winner.terminate()
+    winner.communicate(timeout=60)
+    assert winner.returncode == 0
+
+
+def test_nobody_reads_what_it_prints(tiny_repository: Path) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+        os.close(writer)
+        while len(listening(process.pid)) < 3:
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(3)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in errors
+    assert "Exception" not in errors
 
 
 @pytest.mark.parametrize(
@@ -187,15 +231,18 @@ def test_ctrl_c_in_a_terminal_stops_it_once(tiny_repository: Path) -> None:
 
 def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    before = environments()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        time.sleep(2.5)
+        while environments() == before:
+            assert process.poll() is None
         pids = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
     assert gone(pids)
+    assert environments() == before
     assert not segments(process.pid)
 
 

@@ -86,7 +86,7 @@ def _status(ports: Ports, path: str) -> int:
 def _name(ports: Ports) -> str:
     """Of the server, by its own word; empty where nobody answers."""
     try:
-        with _opener.open(_url(ports, ""), timeout=5) as response:
+        with _opener.open(_url(ports, "").rstrip("/"), timeout=5) as response:
             return str(json.load(response)["name"])
     except OSError:
         return ""
