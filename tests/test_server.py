@@ -89,8 +89,8 @@ def test_two_at_once_on_the_same_ports(tiny_repository: Path) -> None:
     assert loser.returncode == 1
     assert "Ready" not in said
     assert "in use" in why.splitlines()[-1]
-    if winner.stdout is not None:
-        assert any(line.startswith("Ready") for line in winner.stdout)
+    assert winner.stdout is not None
+    assert any(line.startswith("Ready") for line in winner.stdout)
     winner.terminate()
     winner.communicate(timeout=60)
     assert winner.returncode == 0

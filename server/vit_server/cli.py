@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from . import probe, repository, tritonserver
-from .process import STOPS, TritonProcess
+from .process import STOPS, TritonProcess, say
 from .tritonserver import Ports, ServerError, Tls
 
 
@@ -51,7 +51,7 @@ def serve(args: argparse.Namespace) -> int:
         env["VIT_METRICS"] = f"{tritonserver.bracketed(ports.host)}:{ports.metrics}"
         process = TritonProcess(command, env, shm_prefix, args.verbose)
         try:
-            _say("Starting tritonserver …")
+            say("Starting tritonserver …")
             probe.wait_until_answering(process, ports, folder.name)
             if process.stopping:
                 return process.stop()
@@ -59,15 +59,15 @@ def serve(args: argparse.Namespace) -> int:
             _tell(ports, tls)
             process.watch(models)
             if process.stopping:
-                _say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
+                say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
                 drained = probe.drain(process, ports, models)
                 if not drained and not process.hurried:
-                    _say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
+                    say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
                 return process.stop() or int(not drained)
             code = process.stop()
         finally:
             process.close()
-    _say(f"vit-server: tritonserver has ended, exit code {code}")
+    say(f"vit-server: tritonserver has ended, exit code {code}")
     return code
 
 
@@ -75,11 +75,6 @@ def _leave(*_: object) -> None:
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # not again while files are removed
     sys.exit(0)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk, or nobody there: no reason to end
-        print(text, file=sys.stderr, flush=True)
 
 
 def _tell(ports: Ports, tls: Tls | None) -> None:
@@ -92,7 +87,7 @@ def _tell(ports: Ports, tls: Tls | None) -> None:
     ]
     try:
         print("\n".join(lines), flush=True)
-    except OSError:  # as above; and Python would try to write it again at the end
+    except OSError:  # as in say(); and Python would try to write it again at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

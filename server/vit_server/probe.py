@@ -67,9 +67,9 @@ def drain(process: TritonProcess, ports: Ports, models: Path) -> bool:
     return False
 
 
-def _url(ports: Ports, path: str) -> str:
+def _url(ports: Ports, *path: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.http_host, ports.http_host)
-    return f"http://{bracketed(host)}:{ports.http}/v2/{path}"
+    return "/".join((f"http://{bracketed(host)}:{ports.http}/v2", *path))
 
 
 def _status(ports: Ports, path: str) -> int:
@@ -86,7 +86,7 @@ def _status(ports: Ports, path: str) -> int:
 def _name(ports: Ports) -> str:
     """Of the server, by its own word; empty where nobody answers."""
     try:
-        with _opener.open(_url(ports, "").rstrip("/"), timeout=5) as response:
+        with _opener.open(_url(ports), timeout=5) as response:
             return str(json.load(response)["name"])
     except OSError:
         return ""

@@ -40,6 +40,12 @@ _LEFT = "python_env_*"
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
+def say(text: str) -> None:
+    """A line on standard error; on a full disk, or where nobody reads, it is no reason to end."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
 class TritonProcess:
     """A running tritonserver.
 
@@ -172,9 +178,7 @@ class TritonProcess:
                 timer.daemon = True
                 timer.start()
             if not self._quiet and not asked:  # that is no news
-                with suppress(OSError):  # a full disk, or nobody there: tritonserver must not wait
-                    sys.stderr.write(line)
-                    sys.stderr.flush()
+                say(line.rstrip("\n"))
 
     def _end_orphans(self) -> None:
         """Kill the stubs that tritonserver left, which the kernel has given to this process."""
