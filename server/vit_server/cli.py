@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -42,9 +43,9 @@ def serve(args: argparse.Namespace) -> int:
         tritonserver.prepare(installation, folder)
         models = folder / "models"
         repository.snapshot(args.model_repository.resolve(), models)
-        age = args.grpc_max_connection_age
+        age, key = args.grpc_max_connection_age, secrets.token_hex(16)
         command = tritonserver.command(
-            installation, folder, ports, tls, age, shm_prefix, args.verbose
+            installation, folder, ports, tls, age, key, shm_prefix, args.verbose
         )
         env = tritonserver.environment(installation)
         # preprocess looks there how much waits for vit.
@@ -52,7 +53,7 @@ def serve(args: argparse.Namespace) -> int:
         process = TritonProcess(command, env, shm_prefix, args.verbose)
         try:
             say("Starting tritonserver …")
-            probe.wait_until_answering(process, ports, folder.name)
+            probe.wait_until_answering(process, ports, key)
             if process.stopping:
                 return process.stop()
             process.ready()

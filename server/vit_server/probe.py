@@ -14,7 +14,7 @@ import numpy as np
 from tritonclient.utils import triton_to_np_dtype
 
 from .process import TritonProcess
-from .tritonserver import Ports, ServerError, bracketed
+from .tritonserver import KEY_HEADER, Ports, ServerError, bracketed
 
 # The ensembles cover all models; each output is a batch of numbers except the labels.
 ENSEMBLES = {"classify": "scores", "probabilities": "probabilities", "embed": "embedding"}
@@ -27,15 +27,15 @@ DRAIN_SECONDS = 30
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def wait_until_answering(process: TritonProcess, ports: Ports, name: str) -> None:
+def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None:
     """Return when every model has answered a real request, or the process was told to stop.
 
     READY alone proves little: a model can be ready and fail on every request. And another server
-    may have taken the port in the last moment: ours has that `name`.
+    may have taken the port in the last moment: only ours opens a closed call to that `key`.
     """
     deadline = time.monotonic() + START_SECONDS
     while not process.stopping and not (
-        _status(ports, "health/ready") == 200 and _name(ports) == name
+        _status(ports, "health/ready") == 200 and _status(ports, "logging", key) == 200
     ):
         if process.exited():
             raise process.failure()
@@ -67,29 +67,21 @@ def drain(process: TritonProcess, ports: Ports, models: Path) -> bool:
     return False
 
 
-def _url(ports: Ports, *path: str) -> str:
+def _url(ports: Ports, path: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.http_host, ports.http_host)
-    return "/".join((f"http://{bracketed(host)}:{ports.http}/v2", *path))
+    return f"http://{bracketed(host)}:{ports.http}/v2/{path}"
 
 
-def _status(ports: Ports, path: str) -> int:
+def _status(ports: Ports, path: str, key: str = "") -> int:
     """Of HTTP; 0 where nobody answers."""
     try:
-        with _opener.open(_url(ports, path), timeout=5) as response:
+        request = urllib.request.Request(_url(ports, path), headers={KEY_HEADER: key})
+        with _opener.open(request, timeout=5) as response:
             return int(response.status)
     except urllib.error.HTTPError as e:
         return e.code
     except OSError:
         return 0
-
-
-def _name(ports: Ports) -> str:
-    """Of the server, by its own word; empty where nobody answers."""
-    try:
-        with _opener.open(_url(ports), timeout=5) as response:
-            return str(json.load(response)["name"])
-    except OSError:
-        return ""
 
 
 def _infer(ports: Ports, ensemble: str, output: str) -> None:

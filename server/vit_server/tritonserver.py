@@ -20,6 +20,7 @@ OUR_BACKENDS = Path(__file__).parent / "backends"
 # A pid follows each of them.
 _WORKSPACE = "vit-server-"  # in /tmp
 SEGMENTS = "vit_server_"  # in /dev/shm
+KEY_HEADER = "closed"
 MIB = 1 << 20
 
 
@@ -146,18 +147,16 @@ def command(
     ports: Ports,
     tls: Tls | None,
     connection_age: int,
+    key: str,
     shm_prefix: str,
     verbose: bool,
 ) -> list[str]:
-    """tritonserver's arguments, for a folder with `backends` and `models`; by its name, which is in
-    its metadata, it can be told from others.
-    """
+    """tritonserver's arguments, for a folder with `backends` and `models`."""
     # Nobody needs these calls here, and Triton has no switch to turn them off: a key that nobody
-    # knows does it. Shared memory would let a client name a file of /dev/shm to read or write.
-    key = f"closed={secrets.token_hex(16)}"
+    # else knows does it. Shared memory would let a client name a file of /dev/shm to read or write.
+    closed = f"shared-memory,model-repository,trace,logging:{KEY_HEADER}={key}"
     return [
         str(installation.binary),
-        f"--id={folder.name}",
         f"--model-repository={folder / 'models'}",
         f"--backend-directory={folder / 'backends'}",
         f"--grpc-address={bracketed(ports.host)}",
@@ -172,8 +171,8 @@ def command(
         # Lets vit-server unload models, by their folders, and nobody else.
         "--model-control-mode=poll",
         "--repository-poll-secs=1",
-        f"--grpc-restricted-protocol=shared-memory,model-repository,trace,logging:{key}",
-        f"--http-restricted-api=shared-memory,model-repository,trace,logging:{key}",
+        f"--grpc-restricted-protocol={closed}",
+        f"--http-restricted-api={closed}",
         # Tensors between server and stubs. The default of 1 MB grows in steps under load.
         f"--backend-config=python,shm-default-byte-size={64 * MIB}",
         f"--backend-config=python,shm-growth-byte-size={64 * MIB}",
