@@ -19,12 +19,18 @@ def gone(pids: set[int], seconds: float = 20) -> bool:
     """Whether all of these processes end within that time (a zombie has ended)."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        states = [Path(f"/proc/{pid}/stat") for pid in pids]
-        alive = [s for s in states if s.exists() and s.read_text().rpartition(")")[2][1] != "Z"]
-        if not alive:
+        if not any(map(_alive, pids)):
             return True
         time.sleep(0.1)
     return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it ended while it was read
+        return False
+    return stat.rpartition(")")[2][1] != "Z"
 
 
 def segments(pid: int) -> list[Path]:

@@ -75,6 +75,8 @@ def encode(image: ImageLike, size: tuple[int, int]) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.is_char_device():  # /dev/zero has no end
+            raise Unusable("is a device, not a file")
         return path.read_bytes()
     except OSError as error:
         raise Unusable((error.strerror or str(error)).lower()) from None

@@ -67,6 +67,7 @@ def test_nothing_larger_than_the_model_needs_is_sent() -> None:
         ("", "directory"),
         ("no\0name", "null"),
         ("/no/such/file", "no such file"),
+        ("/dev/zero", "is a device, not a file"),
         ("/", "directory"),
         (7, "int is not an image"),
         (None, "NoneType is not an image"),
