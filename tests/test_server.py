@@ -1,6 +1,5 @@
 """vit-server as a process: how it starts, what it says when it cannot, what it leaves."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import BIN, PHOTOS, Server, serving
+from ports import free_ports, wait_for
 from processes import (
     FREE_PORTS,
     descendants,
@@ -71,18 +71,10 @@ def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) 
     )
 
 
-def known_ports() -> tuple[list[str], int]:
-    """Arguments with three ports that were free a moment ago, and the one for HTTP."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        grpc, http, metrics = (probe.getsockname()[1] for probe in probes)
-    numbers = {"--grpc-port": grpc, "--http-port": http, "--metrics-port": metrics}
-    return [str(part) for pair in numbers.items() for part in pair], http
-
-
 def test_two_at_once_on_the_same_ports(tiny_repository: Path) -> None:
     """Whichever loses must not take the other's answers for its own."""
-    ports, _ = known_ports()
+    grpc, http, metrics = map(str, free_ports(3))
+    ports = ["--grpc-port", grpc, "--http-port", http, "--metrics-port", metrics]
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *ports]
     both = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -102,26 +94,19 @@ def test_two_at_once_on_the_same_ports(tiny_repository: Path) -> None:
     assert winner.returncode == 0
 
 
-def ready(http: int) -> bool:
-    try:
-        urllib.request.urlopen(f"http://127.0.0.1:{http}/v2/health/ready", timeout=5).close()
-    except OSError:  # nobody there yet, or a status of 400
-        return False
-    return True
-
-
 def test_nobody_reads_what_it_prints(tiny_repository: Path) -> None:
-    ports, http = known_ports()
-    command = [BIN / "vit-server", "--model-repository", tiny_repository, *ports]
+    (http,) = free_ports(1)
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    command += ["--http-port", str(http)]
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True) as process:
         os.close(writer)
-        deadline = time.monotonic() + 60
-        while not ready(http) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(3)  # it asks every model, and then prints
-        process.terminate()
+        try:
+            wait_for(f"http://127.0.0.1:{http}/v2/health/ready", process, seconds=60)
+            time.sleep(3)  # it asks every model, and then prints
+        finally:
+            process.terminate()
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "Traceback" not in errors

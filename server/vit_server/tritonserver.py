@@ -20,8 +20,8 @@ OUR_BACKENDS = Path(__file__).parent / "backends"
 # A pid follows each of them.
 _WORKSPACE = "vit-server-"  # in /tmp
 SEGMENTS = "vit_server_"  # in /dev/shm
-KEY_HEADER = "closed"
 MIB = 1 << 20
+KEY_HEADER = "closed"  # of a call that is closed to those without the key
 
 
 class ServerError(Exception):

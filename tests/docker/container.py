@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prometheus import free_port, wait_for
+from ports import free_ports, wait_for
 from vit_server import tritonserver
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -60,7 +60,8 @@ def container(
 ) -> Iterator[Container]:
     """Start it on free ports, with these environment variables added; stop it at the end."""
     installation = tritonserver.find()
-    http, grpc, metrics = free_port(), free_port(), metrics or free_port()
+    http, grpc, free = free_ports(3)
+    metrics = metrics or free
     with tempfile.TemporaryDirectory(prefix="container-") as backends:
         python = shutil.copytree(installation.python_backend, Path(backends, "python"))
         shutil.copy(installation.stub, python)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ports import free_ports, wait_for
 
 MONITORING = Path(__file__).parents[2] / "docker" / "monitoring"
 Sample = tuple[dict[str, str], float]
@@ -88,7 +88,7 @@ def prometheus(metrics_url: str, cache: Path, folder: Path) -> Iterator[Promethe
     labels = {"namespace": "vit", "pod": "vit-0"}
     scrape["static_configs"] = [{"targets": [target], "labels": labels}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     command = [program("prometheus", cache), f"--config.file={folder / 'prometheus.yml'}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
     with (folder / "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
@@ -97,19 +97,3 @@ def prometheus(metrics_url: str, cache: Path, folder: Path) -> Iterator[Promethe
             yield Prometheus(f"http://{address}")
         finally:
             process.terminate()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def wait_for(url: str, process: subprocess.Popen[Any], seconds: float = 120) -> None:
-    """Return when `url` answers with success."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"no answer from {url}; exit code: {process.poll()}")

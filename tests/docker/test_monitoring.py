@@ -13,7 +13,8 @@ import pytest
 import yaml
 from conftest import PHOTOS, Server
 from container import container, copy, health, post
-from prometheus import MONITORING, Prometheus, free_port, program, prometheus
+from ports import free_ports
+from prometheus import MONITORING, Prometheus, program, prometheus
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 ENSEMBLES = ("classify", "probabilities", "embed", "features")
@@ -174,7 +175,7 @@ def test_a_dead_model_is_seen(
 
 
 def test_a_restart_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     served = 'sum(nv_inference_request_success{model="preprocess"})'
     with prometheus(f"http://127.0.0.1:{port}/metrics", cache, tmp_path) as watching:
         for requests in (5, 1):

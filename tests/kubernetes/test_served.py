@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, GOLDENS, PHOTOS, Server, serving
 from load import inputs, perf_analyzer
+from ports import free_ports
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 from vit_client import Client, Unavailable
@@ -84,14 +84,6 @@ def backends(folder: Path) -> Path:
     shutil.copy(installation.stub, python)
     shutil.copytree(tritonserver.OUR_BACKENDS / "pytorch", folder / "backends" / "pytorch")
     return folder / "backends"
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
 
 
 def wait_until_ready(process: "subprocess.Popen[bytes]", pod: Pod) -> None:
