@@ -1,6 +1,7 @@
 """The decode function of `preprocess`, outside of Triton: what goldens over gRPC do not reach."""
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,17 +31,40 @@ def preprocess() -> ModuleType:
 
 
 @pytest.mark.skipif(PIL.__version__ < "13", reason="the order of the passes is Pillow 13's")
-def test_order_of_the_passes_is_pillows(preprocess: ModuleType) -> None:
+def test_resize_is_pillows(preprocess: ModuleType) -> None:
     random = np.random.default_rng(0)
     orders = set()
     for _ in range(200):
         width, height, to_width, to_height = random.integers(1, 400, 4).tolist()
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
-        ours = np.asarray(preprocess.resize(image, to_width, to_height))
+        ours = preprocess.resize(image, to_height, to_width)
         pillows = image.resize((to_width, to_height), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(ours, np.asarray(pillows))
         orders.add(height > to_height and height - to_height > 2 * (width - to_width))
     assert orders == {True, False}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (2000, 31), (33, 2000), (256, 256)])
+@pytest.mark.parametrize("pixels", ["noise", "black and white"])
+def test_resize_in_pieces(
+    preprocess: ModuleType, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], pixels: str
+) -> None:
+    """Images larger than a piece or a strip, or no multiple of it; sums beyond 0 and 255."""
+    monkeypatch.setattr(sys.modules["bicubic"], "PIECE", 1000)
+    width, height = size
+    array = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    if pixels == "black and white":
+        array = (array > 127).astype(np.uint8) * 255
+    image = Image.fromarray(array)
+    for side in (1, 64, 256):
+        between = (
+            (width, side)
+            if height > side and height - side > 2 * (width - side)
+            else (side, height)
+        )
+        bicubic = Image.Resampling.BICUBIC
+        expected = image.resize(between, bicubic).resize((side, side), bicubic)
+        np.testing.assert_array_equal(preprocess.resize(image, side, side), np.asarray(expected))
 
 
 def test_messages_have_bounds(preprocess: ModuleType) -> None:
@@ -51,11 +75,16 @@ def test_messages_have_bounds(preprocess: ModuleType) -> None:
     assert message.splitlines()[-1] == f"(and {64 - len(message.splitlines()) + 1} more)"
 
 
-def test_limit_is_on_pixels_not_on_sides(preprocess: ModuleType) -> None:
+def test_limits(preprocess: ModuleType) -> None:
     data = (GOLDENS / "images" / "tall.jpg").read_bytes()  # 37x700
     assert preprocess.decode(data, 64, 64, 37 * 700).shape == (64, 64, 3)
     with pytest.raises(preprocess.BadImage, match="37x700 is over 25899 pixels"):
         preprocess.decode(data, 64, 64, 37 * 700 - 1)
+    for size in ((65536, 1), (1, 65536)):
+        file = io.BytesIO()
+        Image.new("L", size).save(file, "PNG")
+        with pytest.raises(preprocess.BadImage, match=f"{size[0]}x{size[1]} has a side of over"):
+            preprocess.decode(file.getvalue(), 64, 64, 10**6)
 
 
 @pytest.mark.parametrize("side", [64, 96])

@@ -68,6 +68,7 @@ def refused() -> Named:
     tiny = bytes(1000)
     yield "60000x60000.png", png(60_000, 60_000, 1, 0, bytes(7501 * 60_000))
     yield "50001x1000.png", png(50_001, 1_000, 8, 0, bytes(50_002 * 1_000))
+    yield "50000000x1.png", png(50_000_000, 1, 8, 2, bytes(150_000_001))
     rows = zlib.compress(bytes(60_000 * 1000))
     page = tiff_gray(60_000, 60_000, len(rows), compression=8)
     yield "60000x60000.tiff", tiff(page, rows)

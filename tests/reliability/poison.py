@@ -20,7 +20,7 @@ from .files import encoded, png, small
 
 ROOT = Path(__file__).parents[2]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MAX_PIXELS = 50_000_000
+MAX_PIXELS, MAX_SIDE = 50_000_000, 65535
 Pixels = npt.NDArray[np.uint8]
 # either: Pillow's pixels, or refused. good: Pillow's pixels. refused: Pillow is not even asked.
 Owed = Literal["either", "good", "refused"]
@@ -64,7 +64,7 @@ def pillow(data: bytes, side: int) -> Pixels | None:
     """What Pillow and the documented transform make of a file; None where they refuse it."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 return None
             rgb = image.convert("RGB")
     except Exception:  # Pillow's decoders raise nearly anything
