@@ -92,7 +92,7 @@ class Bench:
         pixels = bare.pixels(cfg, self.plan.batches, device)
         found: report.Results = {"flops": bare.flops(cfg), "warm_up": {}, "cosines": {}}
         found |= {"missing": [] if compiled else [f"{bare.COMPILED} (--compile)"], "rounds": []}
-        photos = decoders.by_pillow(_photos(), cfg.image_size)
+        photos = decoders.by_preprocess(_photos(), cfg.image_size)
         expected = self.network.eager("fp32")(photos)[1]
         runs = {}
         for name in [name for name in bare.WAYS if compiled or name != bare.COMPILED]:

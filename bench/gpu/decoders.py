@@ -1,11 +1,13 @@
-"""JPEG decoders: how many images a second, and how far their pixels are from Pillow's."""
+"""JPEG decoders: how many images a second, and how far their pixels are from `preprocess`'s."""
 
 import io
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from torch.utils.dlpack import from_dlpack
 from .bare import Run
 from .device import Device, reason
 
+sys.path.append(str(Path(__file__).parents[2] / "model_repository" / "preprocess" / "1"))
+from bicubic import resize  # type: ignore[import-not-found]
+
 Decode = Callable[[list[bytes]], list[Tensor]]  # whole images, uint8 [3, H, W] on the device
 CORES = len(os.sched_getaffinity(0))
 
@@ -25,7 +30,7 @@ CORES = len(os.sched_getaffinity(0))
 class Decoders:
     """Those that are installed, each followed by torch's resize on the device.
 
-    Pillow with Pillow's own resize is what the others are compared with: `preprocess` does that.
+    They are compared with `preprocess`: Pillow decodes, bicubic.py resizes.
     """
 
     def __init__(self, device: Device, size: tuple[int, int], files: list[bytes]) -> None:
@@ -42,9 +47,9 @@ class Decoders:
             else:
                 self.decode[f"{name}, resized by torch"] = decode
 
-    def pillow(self, files: Sequence[bytes]) -> Tensor:
+    def preprocess(self, files: Sequence[bytes]) -> Tensor:
         """[N, H, W, 3], all cores at it."""
-        return by_pillow(files, self.size, self.pool.map)
+        return by_preprocess(files, self.size, self.pool.map)
 
     def other(self, name: str, files: Sequence[bytes]) -> Tensor:
         """The same by another decoder, on the device."""
@@ -54,7 +59,7 @@ class Decoders:
         """Rates in turns, of `batch` files at a time; then how the answers of `run` differ."""
         many = list(itertools.islice(itertools.cycle(self.files), batch))
         ways: dict[str, Callable[[], Tensor]] = {
-            f"Pillow on {CORES} cores": lambda: self.pillow(many)
+            f"preprocess, {CORES} cores": lambda: self.preprocess(many)
         }
         for name in self.decode:
             ways[name] = lambda name=name: self.other(name, many)  # type: ignore[misc]
@@ -62,7 +67,7 @@ class Decoders:
         for _ in range(rounds):
             for name, way in ways.items():
                 rates[name].append(batch * self._per_second(way, seconds))
-        expected = self.pillow(self.files)
+        expected = self.preprocess(self.files)
         differences = {
             name: _difference(self.other(name, self.files), expected.to(self.device.kind), run)
             for name in self.decode
@@ -91,15 +96,14 @@ class Decoders:
         return small[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
-def by_pillow(
+def by_preprocess(
     files: Sequence[bytes], size: tuple[int, int], apply: Callable[..., Iterable[Any]] = map
 ) -> Tensor:
-    """[N, H, W, 3]: what `preprocess` makes of them."""
+    """[N, H, W, 3]."""
 
     def one(data: bytes) -> Any:
         with Image.open(io.BytesIO(data)) as image:
-            rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-            return np.asarray(rgb)
+            return resize(image.convert("RGB"), *size)
 
     return torch.from_numpy(np.stack(list(apply(one, files))))
 
