@@ -4,6 +4,7 @@ import ipaddress
 import re
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
@@ -74,8 +75,9 @@ def listening(pid: int) -> set[tuple[int, str]]:
     inodes = set()
     for below in {pid, *descendants(pid)}:
         for link in Path(f"/proc/{below}/fd").iterdir():
-            if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
-                inodes.add(found[1])
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if found := re.fullmatch(r"socket:\[(\d+)\]", str(link.readlink())):
+                    inodes.add(found[1])
     found_sockets = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

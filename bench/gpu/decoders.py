@@ -99,11 +99,12 @@ class Decoders:
 def by_preprocess(
     files: Sequence[bytes], size: tuple[int, int], apply: Callable[..., Iterable[Any]] = map
 ) -> Tensor:
-    """[N, H, W, 3]."""
+    """[N, H, W, 3]: what `preprocess` makes of them."""
 
     def one(data: bytes) -> Any:
         with Image.open(io.BytesIO(data)) as image:
-            return resize(image.convert("RGB"), *size)
+            image.load()
+            return resize(image if image.mode == "RGB" else image.convert("RGB"), *size)
 
     return torch.from_numpy(np.stack(list(apply(one, files))))
 

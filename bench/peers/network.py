@@ -40,7 +40,7 @@ class Served:
 
 
 def decode(data: bytes, size: tuple[int, int]) -> Pixels:
-    """What the model `preprocess` does."""
+    """The pixels that the model `preprocess` makes, by Pillow alone."""
     with Image.open(io.BytesIO(data)) as image:
         rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
         return np.asarray(rgb)

@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--fast-jpeg",
         action="store_true",
-        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, a 2-megapixel one in half of "
+        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, a 2-megapixel one in half "
         "the time. The pixels are then no longer exactly those the network was trained on: off by "
         "less than one level of 256 in the mean, by up to 40 at edges (default: exact)",
     )

@@ -1,9 +1,11 @@
 """The images: their files against linter and schema, and what they run, run."""
 
+import ast
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -59,6 +61,27 @@ def test_what_is_installed_is_mounted_whole() -> None:
         mounted = [ROOT / source for source in re.findall(r"source=([^,]+)", run)]
         for link in (path for folder in mounted for path in folder.rglob("*") if path.is_symlink()):
             assert any(link.resolve().is_relative_to(folder) for folder in mounted), link
+
+
+def test_what_the_models_import_is_installed() -> None:
+    """In NVIDIA's image; in the other it comes with vit-server."""
+    imported = set()
+    for path in (ROOT / "model_repository").glob("*/1/*.py"):
+        siblings = {other.stem for other in path.parent.glob("*.py")}
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {str(node.module).split(".")[0]}
+            else:
+                continue
+            imported |= names - siblings - sys.stdlib_module_names
+    wanted = {name.lower().replace("pil", "pillow") for name in imported}
+    gpu = (DOCKER / "Dockerfile").read_text().split(" AS gpu\n")[1]
+    installed = re.findall(r"pip install .* -c constraints.txt (.*)", gpu)[0].split()
+    assert {*installed, "triton_python_backend_utils"} == wanted
+    needed = (ROOT / "server" / "pyproject.toml").read_text()
+    assert all(f'"{name}>=' in needed for name in installed)
 
 
 def test_compose_schema() -> None:

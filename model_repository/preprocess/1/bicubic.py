@@ -1,4 +1,4 @@
-"""Pillow's bicubic, the same pixels bit for bit, in less than half of Pillow's time.
+"""Pillow's bicubic, the same pixels bit for bit (seen on x86-64), in about half of Pillow's time.
 
 Pillow (src/libImaging/Resample.c) takes one axis after the other and rounds to uint8 in between. A
 pixel is a weighted sum of those around it, in fixed point, so the order of the additions changes
@@ -13,7 +13,7 @@ from numba import int32, int64, njit, types, uint8, uint32, void
 
 BITS = 22  # of a weight's fraction: Pillow's PRECISION_BITS
 PIECE = 2**17  # pixels that are copied out of Pillow's memory at a time
-STRIP = 32  # rows that are transposed at a time, to stay in the core's own cache
+STRIP = 32  # rows that are transposed at a time: a photo's stay in the core's own cache
 
 ROWS = types.Array(uint8, 2, "C", readonly=True)
 WEIGHTS = (int64[::1], int64[::1], int32[:, ::1])
@@ -27,14 +27,14 @@ def resize(image, height, width):
     """
     w, h = image.size
     if h > height and h - height > 2 * (w - width):
-        step = max(1, PIECE // h)
+        step = max(STRIP, PIECE // h)
         pieces = [(x, 0, min(x + step, w), h) for x in range(0, w, step)]
-        narrow = [down(np.asarray(image.crop(piece)), height) for piece in pieces]
-        return across(np.concatenate(narrow, axis=1), width)
-    step = max(1, PIECE // w)
+        resized = [down(np.asarray(image.crop(piece)), height) for piece in pieces]
+        return across(np.concatenate(resized, axis=1), width)
+    step = max(1, PIECE // (w * STRIP)) * STRIP
     pieces = [(0, y, w, min(y + step, h)) for y in range(0, h, step)]
-    narrow = [across(np.asarray(image.crop(piece)), width) for piece in pieces]
-    return down(np.concatenate(narrow), height)
+    resized = [across(np.asarray(image.crop(piece)), width) for piece in pieces]
+    return down(np.concatenate(resized), height)
 
 
 def down(pixels, height):
@@ -70,7 +70,7 @@ def weights(size, new):
     near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
     weight = np.where(x < 1, near, np.where(x < 2, far, 0))
     weight[source >= count] = 0
-    weight /= weight.sum(axis=0)
+    weight /= weight.cumsum(axis=0)[-1]  # sum() may add in another order
     fixed = (weight * 2**BITS + np.copysign(0.5, weight)).astype(np.int32)  # towards zero
     return first, count, np.ascontiguousarray(fixed.T)
 
@@ -114,7 +114,11 @@ def transpose_back(columns, rows):
 
 @njit(void(ROWS, *WEIGHTS, uint8[:, ::1]), nogil=True)
 def weigh_columns(rows, first, count, weights, out):
-    """The same along each row: rows [h, size * 3], out [h, new * 3], both R, G, B, R, G, B, …"""
+    """The same along each row: rows [h, size * 3], out [h, new * 3], both R, G, B, R, G, B, …
+
+    Along a row each pixel has other weights than its neighbour. So STRIP rows are turned on their
+    side, where one weight meets 3 * STRIP bytes in a row.
+    """
     columns = np.empty((rows.shape[1], STRIP // 4), np.uint32)
     narrow = np.empty((out.shape[1], STRIP), np.uint8)
     wide = columns.view(np.uint8).reshape(-1, 3 * STRIP)

@@ -25,8 +25,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 # gRPC carries error messages in headers (8 KiB by default), so a message has bounds.
 MAX_REASON, MAX_MESSAGE = 200, 4000
 
-# As many as a JPEG can have. Decoders and resizing hold some rows of each size: a PNG of 50 million
-# pixels in one row (146 kB) took 1.7 GB.
+# The longest side that a JPEG can have. Decoding and resizing hold whole rows, of any length: a PNG
+# of 50 million pixels in one row (146 kB) took 1.7 GB.
 MAX_SIDE = 65535
 # No encoder comes near these. libtiff stops at 100 scans of a JPEG too.
 MAX_SCANS, MAX_READS = 100, 1_000_000

@@ -46,7 +46,21 @@ class TritonPythonModel:
         self.cores = 1 if on_gpu else torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.cores, initializer=_one_thread)
         self.under_way = set()  # groups that the pool has
+        self.try_out(config["input"][0])
         self.pulse = Pulse()
+
+    def try_out(self, config):
+        """Raise an error where the file does not do what its config says.
+
+        Triton's own warm-up would find it too, and may then crash while other models still load.
+        """
+        dtype = pb_utils.triton_string_to_numpy(config["data_type"])
+        try:
+            batch = np.zeros((1, *map(int, config["dims"])), dtype)
+            outputs = self.forward(torch.from_numpy(batch).to(self.device))
+            together([outputs], max(self.outputs.values()))
+        except Exception as e:
+            raise pb_utils.TritonModelException(f"the network failed: {reason(e)}") from None
 
     def execute(self, requests):
         """The responses; or None where the cores send them, when one of them wants the next batch.
@@ -86,8 +100,7 @@ class TritonPythonModel:
             on_host = {name: together(parts, self.outputs[name]) for name in asked}
         except Exception as e:
             pb_utils.Logger.log_error(f"the network failed: {e}")
-            reason = (str(e).strip() or repr(e)).splitlines()[-1]  # of TorchScript's traceback
-            error = pb_utils.TritonError(f"the network failed: {reason}")
+            error = pb_utils.TritonError(f"the network failed: {reason(e)}")
             return [pb_utils.InferenceResponse(error=error) for _ in group.rows]
 
         responses, start = [], 0
@@ -135,6 +148,11 @@ def or_end():
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def reason(error):
+    """Of TorchScript's traceback the last line."""
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 def together(parts, index):
