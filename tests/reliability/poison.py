@@ -69,11 +69,15 @@ def pillow(data: bytes, side: int) -> Pixels | None:
             rgb = image.convert("RGB")
     except Exception:  # Pillow's decoders raise nearly anything
         return None
-    # Pillow 13's order of the two passes, which earlier ones do not have.
-    vertical_first = rgb.height > side and rgb.height - side > 2 * (rgb.width - side)
-    between = (rgb.width, side) if vertical_first else (side, rgb.height)
+    return resized(rgb, side, side)
+
+
+def resized(image: Image.Image, height: int, width: int) -> Pixels:
+    """Pillow's resize, in the order of passes of Pillow 13, which earlier ones do not have."""
+    vertical_first = image.height > height and image.height - height > 2 * (image.width - width)
+    between = (image.width, height) if vertical_first else (width, image.height)
     bicubic = Image.Resampling.BICUBIC
-    return np.asarray(rgb.resize(between, bicubic).resize((side, side), bicubic))
+    return np.asarray(image.resize(between, bicubic).resize((width, height), bicubic))
 
 
 def originals() -> Iterator[tuple[str, bytes]]:
