@@ -23,12 +23,14 @@ from .errors import (
     Overloaded,
     VitClientError,
     from_grpc,
+    is_not_begun,
     is_stopping,
 )
 from .types import Model
 
-# A server that stops says so at once, and with several servers the next try is likely another's.
-# So many tries are not counted: of two servers, every second try is for the one that stops.
+# A server that stops says so at once, or ends its connections, as it also does with old ones; and
+# with several servers the next try is likely another's. So many tries are not counted: of two
+# servers, every second try is for the one that stops.
 _MOST_TURNED_AWAY = 16
 
 # Seconds that a channel is kept even if a server behind it stops.
@@ -112,6 +114,9 @@ class Connection:
 
         The deadline covers everything: the wait for one of the client's slots, every try, and
         the pauses between them.
+
+        With `retries` 0 the first answer counts, whatever it is; but a call that no server has
+        begun has had none, and is sent again all the same.
         """
         self._open()  # where the client cannot be used it says so at once
         left = self.settings.retries if retries is None else retries
@@ -128,7 +133,8 @@ class Connection:
                         raise self.closed_meanwhile(task) from None
                     raise
                 except VitClientError as error:
-                    if is_stopping(error) and turned_away < _MOST_TURNED_AWAY and left:
+                    uncounted = is_not_begun(error) or (is_stopping(error) and left)
+                    if uncounted and turned_away < _MOST_TURNED_AWAY:
                         turned_away += 1
                         pause: float | None = random.uniform(0, 0.05)
                     else:
@@ -194,7 +200,8 @@ class Connection:
     def _error(self, failure: grpc.RpcError, task: str | None, timeout: float) -> VitClientError:
         if self.closed:
             return self.closed_meanwhile(task)
-        return from_grpc(failure, url=self.settings.target, task=task, timeout=timeout)
+        settings = self.settings
+        return from_grpc(failure, url=settings.target, task=task, timeout=timeout, tls=settings.tls)
 
     def closed_meanwhile(self, task: str | None) -> ClientClosed:
         """The error for a call that close() cut off."""

@@ -67,8 +67,9 @@ class Client:
             timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
             retries: How often a request is tried again when the server is overloaded or
                 unavailable. Those for overload are limited, over all requests, to a tenth of
-                the successes plus one a second, so that they cannot add to it.
-                [VIT_RETRIES, default 4]
+                the successes plus one a second, so that they cannot add to it. With 0 the
+                first answer counts; a request that a server gave back unbegun, as it ended an
+                old connection, is sent again in any case. [VIT_RETRIES, default 4]
             concurrency: Requests in flight at once, over all calls of this client.
                 [VIT_CONCURRENCY, default 16]
             token: Sent as "authorization: Bearer …". [VIT_TOKEN]

@@ -21,6 +21,7 @@ come back the same until the image, the setting or the server is changed.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import grpc
@@ -130,7 +131,8 @@ class BadImages(BadImage):
 
 
 class InvalidRequest(VitClientError):
-    """The server refused the request: the message has its reason. Never retried."""
+    """The server, or a proxy before it, refused the request: the message has its reason. Never
+    retried."""
 
 
 class AccessDenied(VitClientError):
@@ -177,8 +179,19 @@ _STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
 # Triton 2.51). This package writes none, so it was somebody else's.
 _NEIGHBOUR_TEXTS = ("incomplete string data", ", max allowed is ")
 
-# For gRPC, a server that is not trusted is one that cannot be reached.
-_TLS_TEXTS = ("handshake", "hostname verification")
+# For gRPC, a server that is not trusted is one that cannot be reached. These say that the two
+# sides do not agree; a TLS handshake that merely ends, or takes too long, is like any connection
+# that does.
+_TLS_TEXTS = ("SSL_ERROR_SSL", "Hostname Verification", "missing selected ALPN")
+
+# The server never saw this call: its connection was about to end for its age, or it stops. For a
+# call that was under way as the connection ended, gRPC's text has other words before GOAWAY.
+_NOT_BEGUN = "Stream removed (GOAWAY received; Error code: 0"
+
+# Of a proxy between here and the server; or of one that the environment names (https_proxy), which
+# is asked for a tunnel.
+_HTTP_STATUS = re.compile(r"Received http2 header with status: (\d+)")
+_TUNNEL_STATUS = re.compile(r"HTTP proxy returned response code (\d+)")
 
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -193,19 +206,55 @@ _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 
+_LOGIN = (AccessDenied, "sends us elsewhere: does it want a login, or TLS (grpcs://)?")
+_UNKNOWN_PLACE = (ModelNotServed, "knows of no gRPC server there: is the address right?")
+_NO_LOGIN = (AccessDenied, "wants a login of its own")
+_NO_BACKEND = (Unavailable, "does not reach the server")
+
+# What HTTP statuses mean that a proxy gives instead of the server's answer.
+_BY_HTTP_STATUS: dict[int, tuple[type[VitClientError], str]] = {
+    **dict.fromkeys((301, 302, 303, 307, 308), _LOGIN),
+    401: (AccessDenied, "wants another token or login"),
+    403: (AccessDenied, "does not let us in"),
+    404: _UNKNOWN_PLACE,
+    405: _UNKNOWN_PLACE,
+    407: _NO_LOGIN,
+    408: (Unavailable, "did not get the whole request in time"),
+    410: _UNKNOWN_PLACE,
+    413: (InvalidRequest, "allows no request as large as this"),
+    421: (ModelNotServed, "serves no such name: is the address right?"),
+    429: (Overloaded, "allows no more requests for now"),
+    431: (InvalidRequest, "allows no headers, or token, as long as these"),
+    500: (ServerError, "failed"),
+    502: _NO_BACKEND,
+    503: (Unavailable, "has no server to pass this on to, or too much to do"),
+    504: (Unavailable, "had no answer from the server in time"),
+    511: _NO_LOGIN,
+    # Cloudflare's
+    **dict.fromkeys((520, 521, 522, 523, 525, 526, 530), _NO_BACKEND),
+    524: (Unavailable, "had no answer from the server in time"),
+}
+
 
 def from_grpc(
-    error: grpc.RpcError, *, url: str, task: str | None, timeout: float
+    error: grpc.RpcError, *, url: str, task: str | None, timeout: float, tls: bool = False
 ) -> VitClientError:
     """Turn a gRPC error into ours. This is the one place that reads gRPC status codes.
 
     Triton answers UNAVAILABLE for a full queue and an expired wait in it as well as for a server
     that is gone, and NOT_FOUND while it stops, so those are told apart by their text.
+
+    Args:
+        tls: Whether the connection is by TLS: without, nothing can be wrong with it.
     """
     code: grpc.StatusCode = error.code()
     details: str = error.details() or ""
     lower = details.lower()
     kind = _BY_CODE.get(code, ServerError)
+    if status := _HTTP_STATUS.match(details) or _TUNNEL_STATUS.search(details):
+        kind, words = _http_meaning(int(status[1]))
+        where = f"a proxy before {url}" if status.re is _HTTP_STATUS else "the proxy to the network"
+        return kind(f"{where} {words} ({details})", task=task, details=details)
     if any(text in lower for text in _OVERLOAD_TEXTS):
         kind = Overloaded
     elif "larger than max" in lower:  # a message, also RESOURCE_EXHAUSTED
@@ -214,15 +263,25 @@ def from_grpc(
         kind = Unavailable
     elif "request for unknown model" in lower:
         kind = ModelNotServed
-    elif kind is Unavailable and any(text in lower for text in _TLS_TEXTS):
+    elif tls and code is grpc.StatusCode.UNAVAILABLE and any(t in details for t in _TLS_TEXTS):
         kind = AccessDenied
     return kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
+
+
+def _http_meaning(status: int) -> tuple[type[VitClientError], str]:
+    other: type[VitClientError] = InvalidRequest if 400 <= status < 500 else ServerError
+    return _BY_HTTP_STATUS.get(status, (other, "refuses this" if status < 500 else "failed"))
 
 
 def is_stopping(error: VitClientError) -> bool:
     """Whether a server answered, to say that it is about to go."""
     details = (error.details or "").lower()
     return isinstance(error, Unavailable) and any(text in details for text in _STOPPING_TEXTS)
+
+
+def is_not_begun(error: VitClientError) -> bool:
+    """Whether it is certain that no server has begun to work on the call."""
+    return isinstance(error, Unavailable) and (error.details or "").startswith(_NOT_BEGUN)
 
 
 def _message(
@@ -252,6 +311,11 @@ def _message(
 def _unavailable_hint(url: str, details: str) -> str:
     if url.endswith((":8000", ":8002")):
         return ": is that Triton's port for HTTP or metrics? The one for gRPC is 8001 by default"
+    if "Handshake read failed" in details or "TSI_DATA_CORRUPTED" in details:
+        return (
+            ": something listens there, but the TLS handshake got nowhere. Is it starting, or does "
+            "it want plain text (grpc://), or a client certificate (cert_file, key_file)?"
+        )
     if "all backends" in details and "Socket closed" in details:
         return (
             ": something listens there, and ends the connection at once. Is it the HTTP port, or "
@@ -261,12 +325,16 @@ def _unavailable_hint(url: str, details: str) -> str:
 
 
 def _denied_hint(details: str) -> str:
+    if "certificate has expired" in details:
+        return "has a certificate that has expired"
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return "has a certificate that is not trusted: give the one that signed it as ca_file"
     if "Hostname Verification" in details:
         return "has a certificate for another name: use the address that it was made for"
     if "WRONG_VERSION_NUMBER" in details:
         return "does not speak TLS"
-    if "handshake" in details.lower():
+    if "missing selected ALPN" in details:
+        return "speaks TLS, but not HTTP/2: is that the port for gRPC?"
+    if any(text in details for text in _TLS_TEXTS):
         return "could not be reached by TLS: are ca_file, cert_file and key_file right?"
     return "denied access"

@@ -1,0 +1,178 @@
+"""What the network and proxies between a client and the server do to a call."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from vit_client import (
+    AccessDenied,
+    Client,
+    InvalidRequest,
+    ModelNotServed,
+    Overloaded,
+    ServerError,
+    Unavailable,
+    VitClientError,
+    errors,
+)
+
+from .conftest import encoded
+from .http2 import dropping_packets, end_connection, http_status, peering
+
+IMAGE = encoded(0)
+
+
+# -- no connection -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+def test_dropped_packets_are_no_matter_of_access(tls: bool) -> None:
+    """Whatever gRPC calls it: it has several texts for this, by what comes first."""
+    with dropping_packets() as url, Client(url, tls=tls, retries=1, timeout=60) as client:
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="no server at") as caught:
+                client.model()
+            assert caught.value.retryable
+
+
+def test_dropped_packets_are_retried(url: str) -> None:
+    """Until the deadline, or there is another server."""
+    with dropping_packets() as nobody, Client(f"ipv4:{nobody},{url}") as client:
+        assert client.embed(IMAGE).shape == (64,)
+
+
+@contextlib.contextmanager
+def listening(answer: bytes | None) -> Iterator[str]:
+    """Something else than a gRPC server: it reads, answers, and ends each connection."""
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer or b"")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+def test_a_tls_handshake_that_ends_may_be_a_server_that_starts() -> None:
+    with (
+        listening(None) as url,
+        Client(url, tls=True, retries=0) as client,
+        pytest.raises(Unavailable, match=r"TLS handshake got nowhere.*plain text"),
+    ):
+        client.model()
+
+
+# -- connections that end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retries", [0, 4])
+def test_a_call_that_no_server_began_is_sent_again(url: str, retries: int) -> None:
+    """gRPC itself does so once. Connections end for their age, and a reconnected one may too."""
+    with (
+        peering(url, *[end_connection(last_stream=0)] * 6) as peer,
+        Client(peer.url, retries=retries) as client,
+    ):
+        assert client.embed(IMAGE).shape == (64,)
+        assert peer.calls == 6
+
+
+def test_a_call_that_may_have_been_begun_is_a_retry(url: str) -> None:
+    with (
+        peering(url, *[end_connection(last_stream=1)] * 2) as peer,
+        Client(peer.url, retries=0) as client,
+    ):
+        with pytest.raises(Unavailable):
+            client.model()
+        assert peer.calls == 1
+    with (
+        peering(url, *[end_connection(last_stream=1)] * 2) as peer,
+        Client(peer.url, retries=2) as client,
+    ):
+        assert client.embed(IMAGE).shape == (64,)
+
+
+def test_a_server_that_begins_nothing_is_given_up(url: str) -> None:
+    with (
+        peering(url, *[end_connection(last_stream=0)] * 100) as peer,
+        Client(peer.url, retries=0) as client,
+        pytest.raises(Unavailable, match="GOAWAY"),
+    ):
+        client.model()
+
+
+# -- proxies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (302, AccessDenied, "does it want a login"),
+        (308, AccessDenied, "grpcs://"),
+        (400, InvalidRequest, "refuses this"),
+        (401, AccessDenied, "wants another token or login"),
+        (403, AccessDenied, "does not let us in"),
+        (404, ModelNotServed, "knows of no gRPC server there"),
+        (405, ModelNotServed, "knows of no gRPC server there"),
+        (407, AccessDenied, "login of its own"),
+        (408, Unavailable, "whole request in time"),
+        (410, ModelNotServed, "knows of no gRPC server there"),
+        (411, InvalidRequest, "refuses this"),
+        (413, InvalidRequest, "allows no request as large"),
+        (414, InvalidRequest, "refuses this"),
+        (418, InvalidRequest, "refuses this"),
+        (421, ModelNotServed, "serves no such name"),
+        (429, Overloaded, "allows no more requests for now"),
+        (431, InvalidRequest, "headers, or token"),
+        (500, ServerError, "failed"),
+        (501, ServerError, "failed"),
+        (502, Unavailable, "does not reach the server"),
+        (503, Unavailable, "has no server to pass this on to"),
+        (504, Unavailable, "no answer from the server in time"),
+        (520, Unavailable, "does not reach the server"),
+        (524, Unavailable, "no answer from the server in time"),
+    ],
+)
+def test_what_a_proxy_answers(status: int, kind: type[VitClientError], words: str) -> None:
+    with peering("", http_status(status)) as peer, Client(peer.url, retries=0) as client:
+        with pytest.raises(VitClientError) as caught:
+            client.model()
+        assert type(caught.value) is kind
+        text = str(caught.value)
+        assert text.startswith(f"a proxy before {peer.url} {words}") or words in text
+        assert str(status) in text
+        assert "UNKNOWN" not in text
+
+
+def test_every_status_has_a_meaning() -> None:
+    for status in range(300, 600):
+        kind, words = errors._http_meaning(status)
+        assert issubclass(kind, VitClientError)
+        assert words
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(403, AccessDenied), (407, AccessDenied), (502, Unavailable)]
+)
+def test_what_the_proxy_of_the_environment_answers(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: type[VitClientError]
+) -> None:
+    """It is asked for a tunnel (CONNECT), in HTTP/1.1."""
+    with listening(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as url:
+        monkeypatch.setenv("grpc_proxy", f"http://{url}")
+        with (
+            Client("vit.example:8001", retries=0) as client,
+            pytest.raises(kind, match=f"the proxy to the network .*{status}"),
+        ):
+            client.model()
