@@ -82,7 +82,8 @@ class AsyncClient:
             channel_options: gRPC channel arguments, on top of this client's own.
 
         Raises:
-            ConfigurationError: A value makes no sense; the message names it.
+            ConfigurationError: A value makes no sense; the message names it. Or gevent or
+                eventlet has patched this process's threads, which gRPC's asyncio cannot bear.
         """
         self._engine = Engine(
             Settings.resolve(

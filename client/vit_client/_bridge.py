@@ -12,6 +12,7 @@ from concurrent.futures import CancelledError, wait
 from typing import Any
 
 from ._async import AsyncClient
+from ._channel import check_threads
 from ._connection import forked
 from .errors import ClientClosed
 from .types import Item, OnError
@@ -99,6 +100,7 @@ class Bridge:
             if self._closed:
                 raise ClientClosed("this client is closed")
             if self._loop is None:
+                check_threads()  # they may have been replaced since the client was made
                 self._loop = asyncio.new_event_loop()
                 self._loop.set_exception_handler(_report)
                 self._pid = os.getpid()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ class Settings:
         channel_options: ChannelOptions | None,
     ) -> Settings:
         """Argument, else environment, else default; a bad value raises ConfigurationError."""
+        check_threads()
         url = url or os.environ.get("VIT_URL") or f"localhost:{DEFAULT_PORT}"
         if not isinstance(url, str):
             raise ConfigurationError(f"url must be text, not {url!r}")
@@ -228,6 +230,27 @@ def check_timeout(seconds: float) -> float:
     if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
         raise ConfigurationError(f"timeout must be a number of seconds above 0, not {seconds!r}")
     return seconds
+
+
+def check_threads() -> None:
+    """Refuse to work where gevent or eventlet has replaced what asyncio stands on: gRPC's own
+    threads know nothing of greenlets, and the first call would wait for ever, deaf to its timeout
+    and to Ctrl-C."""
+    for library, patch in (("gevent", "monkey.patch_all"), ("eventlet", "monkey_patch")):
+        if any(_patched(library, module) for module in ("thread", "threading", "select")):
+            raise ConfigurationError(
+                f"{library} has replaced this process's threads, and gRPC's asyncio cannot work "
+                "with greenlets: use real threads or processes (gunicorn --worker-class gthread, "
+                f"celery --pool threads), or {library}.{patch}(thread=False, select=False)"
+            )
+
+
+def _patched(library: str, module: str) -> bool:
+    if library == "gevent" and "gevent.monkey" in sys.modules:
+        return bool(sys.modules["gevent.monkey"].is_module_patched(module))
+    if library == "eventlet" and "eventlet.patcher" in sys.modules:
+        return bool(sys.modules["eventlet.patcher"].is_monkey_patched(module))
+    return False
 
 
 def _read(name: str, path: Path | None) -> bytes | None:
