@@ -190,7 +190,7 @@ def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -
     output.write_text("what was there before")
     pipe = photos / "99.png"
     os.mkfifo(pipe)
-    command = [COMMAND, "embed", str(photos), str(pipe), "-o", str(output)]
+    command = [COMMAND, "embed", str(photos), str(pipe), "-o", str(output), "--overwrite"]
     environment = {**os.environ, "VIT_URL": url}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         partial = tmp_path / "out.npz.partial"
@@ -218,6 +218,81 @@ def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -
         np.testing.assert_allclose(arrays["embeddings"], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_other_images_are_not_replaced(url: str, photos: Path, tmp_path: Path, form: str) -> None:
+    need(form)
+    output = tmp_path / f"out.{form}"
+    some = sorted(photos.iterdir())
+    assert vit_client(url, "embed", *some[:3], "-o", output).returncode == 0
+    before = output.read_bytes()
+    ran = vit_client("localhost:1", "embed", *some[1:4], "-o", output)  # before it asks anything
+    assert f"{output} has 1 images that are not among these 3, {some[0]} for one" in ran.stderr
+    assert "--overwrite" in ran.stderr
+    assert "--files-from -" in ran.stderr
+    assert ran.returncode == 2
+    assert output.read_bytes() == before
+
+    for arguments in ([*some[:3]], [*some[:5]], [some[7], "--overwrite"]):
+        ran = vit_client(url, "embed", *arguments, "-o", output)  # the same, more, or others
+        assert ran.returncode == 0
+    ran = vit_client(url, "embed", "-", "-o", output, "--overwrite", stdin=encoded(0))
+    assert ran.returncode == 0
+    ran = vit_client(url, "embed", "-", "-o", output, stdin=encoded(1))  # not the same image
+    assert "- for one; --overwrite" in ran.stderr
+    assert ran.returncode == 2
+
+    output.write_bytes(b"")  # as mktemp leaves it
+    assert vit_client(url, "embed", *some[:3], "-o", output).returncode == 0
+    output.write_bytes(encoded(0))
+    ran = vit_client("localhost:1", "embed", *some[:3], "-o", output)
+    assert "is not a file of embeddings" in ran.stderr
+    assert "--overwrite replaces it" in ran.stderr
+    assert ran.returncode == 2
+    assert output.read_bytes() == encoded(0)
+
+
+def test_images_that_fail_now_are_not_lost(url: str, photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.npz"
+    some = sorted(photos.iterdir())[:3]
+    vit_client(url, "embed", *some, "-o", output)
+    some[1].unlink()
+    ran = vit_client(url, "embed", *some, "-o", output)
+    assert f"{output} has 1 images that are not among these 2, {some[1]} for one" in ran.stderr
+    assert ran.returncode == 2
+    with np.load(output) as arrays:
+        assert len(arrays["images"]) == 3
+    ran = vit_client(url, "embed", *some, "-o", output, "--overwrite")
+    assert "resuming: 2 of 3" in ran.stderr
+    assert ran.returncode == 1
+    with np.load(output) as arrays:
+        assert len(arrays["images"]) == 2
+
+
+def test_xargs_batches_and_a_list(url: str, photos: Path, tmp_path: Path) -> None:
+    """`xargs` runs the command several times: the second may not replace what the first wrote."""
+    output = tmp_path / "out.npz"
+
+    def find(line: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            f"find {photos} -type f -print0 | sort -z | {line} -o {output}",
+            shell=True,
+            env={**os.environ, "VIT_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    ran = find(f"xargs -0 -n 16 {COMMAND} embed")
+    assert ran.returncode == 123
+    assert "with --files-from -" in ran.stderr
+    with np.load(output) as arrays:
+        assert len(arrays["images"]) == 16
+    ran = find(f"{COMMAND} embed --files-from - -0")
+    assert ran.returncode == 0, ran.stderr
+    with np.load(output) as arrays:
+        assert arrays["images"].tolist() == [str(path) for path in sorted(photos.iterdir())]
+
+
 def test_two_runs_do_not_mix(url: str, photos: Path, tmp_path: Path) -> None:
     from vit_client.cli._journal import Journal
 
@@ -243,22 +318,45 @@ def test_another_models_partial_result_is_dropped(url: str, photos: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("output", "words"),
-    [("out.txt", "must end in .npz"), ("nowhere/out.npz", "no such folder")],
+    [
+        ("out.txt", "must end in .npz"),
+        ("nowhere/out.npz", "no such folder"),
+        ("photos.npz", "photos.npz is a folder"),
+        ("x" * 250 + ".npz", "file name too long"),
+    ],
+    ids=lambda value: value[:12],
 )
 def test_a_bad_output_is_told_before_the_work(
-    url: str, photos: Path, tmp_path: Path, output: str, words: str
+    photos: Path, tmp_path: Path, output: str, words: str
 ) -> None:
-    ran = vit_client(url, "embed", photos, "-o", tmp_path / output)
+    (tmp_path / "photos.npz").mkdir()
+    ran = vit_client("localhost:1", "embed", photos, "-o", tmp_path / output)
     assert words in ran.stderr
     assert ran.returncode == 2
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.safetensors", "a.parquet", "a.txt", "missing.npz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.npz", "a.safetensors", "a.parquet", "a.txt", "missing.npz", "empty.npz"),
+        *("array.npz", "short.npz", "list.safetensors"),
+    ],
+)
 def test_similar_wants_a_file_of_embeddings(
     url: str, photos: Path, tmp_path: Path, name: str
 ) -> None:
-    if name != "missing.npz":
-        (tmp_path / name).write_bytes(encoded(0))
+    file = tmp_path / name
+    if name.startswith("a."):
+        file.write_bytes(encoded(0))
+    elif name == "empty.npz":
+        file.touch()
+    elif name == "array.npz":
+        with file.open("wb") as opened:
+            np.save(opened, np.zeros(3))
+    elif name == "short.npz":
+        np.savez(file, embeddings=np.zeros((2, 64), np.float32), images=np.array(["x"]))
+    elif name == "list.safetensors":
+        file.write_bytes(b"\2\0\0\0\0\0\0\0[]")
     ran = vit_client(url, "similar", photos / "00.png", "--to", tmp_path / name)
     assert name in ran.stderr
     assert ran.returncode == 2
@@ -295,6 +393,76 @@ def test_features_are_saved_and_drawn(
         assert picture.size == (1024, 512)
         # The right half is a 4 × 4 grid of flat colours.
         assert len(picture.crop((512, 0, 1024, 512)).getcolors() or []) <= 16
+
+
+def test_a_pipe_is_read_once(url: str, photos: Path, tmp_path: Path) -> None:
+    """The picture is of what was sent."""
+    picture = tmp_path / "map.png"
+    vit_client(url, "features", photos / "00.png", "--picture", picture)
+    expected = picture.read_bytes()
+    for line in (
+        f"{COMMAND} features /dev/stdin --picture {picture} < <(cat {photos}/00.png)",
+        f"{COMMAND} features <(cat {photos}/00.png) --picture {picture}",
+        f"{COMMAND} features - --picture {picture} < {photos}/00.png",
+    ):
+        picture.unlink()
+        ran = subprocess.run(
+            ["bash", "-c", line],
+            env={**os.environ, "VIT_URL": url},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert picture.read_bytes() == expected
+
+
+# As with a Pillow that has no decoder for AVIF, which the server reads.
+WITHOUT_AVIF = """
+import sys
+from PIL import Image
+Image.init()
+Image.ID.remove("AVIF")
+from vit_client.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_picture_that_cannot_be_drawn(url: str, photos: Path, tmp_path: Path) -> None:
+    photo, neck, picture = (tmp_path / name for name in ("a.avif", "neck.npz", "map.png"))
+    photo.write_bytes(encoded(0, "AVIF"))
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_AVIF, "features", photo, "-o", neck, "--picture", picture],
+        env={**os.environ, "VIT_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.stderr.startswith(f"vit-client: {photo}: no picture, for Pillow cannot read it here")
+    assert ran.stderr.count("\n") == 1
+    assert ran.returncode == 1
+    assert neck.exists()  # this can be had all the same
+    assert not picture.exists()
+
+
+def test_pictures_of_any_shape(url: str, tmp_path: Path) -> None:
+    """One row of pixels; and what Pillow alone would call a bomb, but the server takes."""
+    photo, picture = tmp_path / "a.png", tmp_path / "map.png"
+    for size, expected in (((40000, 1), (4096, 1)), ((2, 9000), (2, 512))):
+        Image.new("RGB", size).save(photo)
+        ran = vit_client(url, "features", photo, "--picture", picture)
+        assert ran.stderr == ""
+        with Image.open(picture) as drawn:
+            assert drawn.size == expected
+
+
+def test_a_picture_does_not_replace_its_image(photos: Path) -> None:
+    photo = photos / "00.png"
+    before = photo.read_bytes()
+    ran = vit_client("localhost:1", "features", photo, "--picture", photos / "." / "00.png")
+    assert "is the image itself" in ran.stderr
+    assert ran.returncode == 2
+    assert photo.read_bytes() == before
 
 
 def test_features_to_a_file_take_one_image(url: str, photos: Path, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import os
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TextIO, cast
 
 from ..errors import BadImage, ConfigurationError, DeadlineExceeded, VitClientError
+from . import _interrupt, _streams
 from ._common import (
     IMAGES_FAILED,
     INTERRUPTED,
@@ -17,24 +18,42 @@ from ._common import (
     UNWRITABLE,
     USAGE,
     CannotWrite,
+    NothingLeft,
     reason,
+    shortened,
 )
-from ._parser import parser
+from ._parser import parse
 from ._report import error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; `--help` lists them."""
-    _prepare_streams()
-    options = parser().parse_args(arguments)
+    _streams.prepare()
+    _interrupt.end_at_second()
+    output = _streams.Output(sys.stdout)
+    with contextlib.redirect_stdout(cast("TextIO", output)):
+        code = _told(lambda: _run(arguments))
+        return code or _told(output.flush)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = parse(arguments)
+    code: int = options.run(options)
+    return code
+
+
+def _told(work: Callable[[], int | None]) -> int:
+    """Do it; tell what went wrong, and return the exit code."""
     try:
-        code: int = options.run(options)
-        sys.stdout.flush()
+        return work() or OK
+    except SystemExit as end:  # argparse has told
+        return int(end.code or OK)
+    except NothingLeft as failure:
+        return failure.code
     except KeyboardInterrupt:
         error("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        _drop_output()  # whoever read it has seen enough, like `| head`
+    except _streams.Enough:
         return OK
     except VitClientError as failure:
         error(str(failure))
@@ -43,34 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error(str(failure))
         return UNWRITABLE
     except OSError as failure:
-        if failure.filename is None:  # as all errors of `print` are
-            _drop_output()
-            error(f"standard output cannot be written ({reason(failure)})")
-            return UNWRITABLE
-        error(str(failure))
+        name = f"{shortened(failure.filename)}: " if failure.filename is not None else ""
+        error(f"{name}{reason(failure)}")
         return USAGE
     except ValueError as failure:  # a top_k out of range
         error(str(failure))
         return USAGE
-    return code
-
-
-def _prepare_streams() -> None:
-    """No name is unprintable, and a stream that is closed is as good as /dev/null."""
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _drop_output() -> None:
-    """Forget what could not be written. Python tries again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _code_of(failure: VitClientError) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from argparse import Namespace
 
 from . import _show
-from ._common import IMAGES_FAILED, OK, Images, connect, progress, warn_if_untrained
-from ._inputs import expand
+from ._common import IMAGES_FAILED, OK, connect, progress, shortened, warn_if_untrained
+from ._inputs import Images, expand
 from ._report import error
 
 
 def answer(options: Namespace) -> int:
     """Print the answers; returns the exit code."""
-    names = expand(options.images)
+    names, failed = expand(options)
     show = _shower(options)
-    failed = 0
     with connect(options) as client:
         warn_if_untrained(client)
         stream = client.stream(
@@ -28,8 +27,8 @@ def answer(options: Namespace) -> int:
             if item.error is None:
                 show(name, item.result)
             else:
-                error(f"{name}: {item.error.reason}")
-                failed += 1
+                error(f"{shortened(name)}: {item.error.reason}")
+                failed = True
     return IMAGES_FAILED if failed else OK
 
 

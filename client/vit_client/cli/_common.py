@@ -5,26 +5,47 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 
 from .._progress import Progress
 from .._sync import Client
-from ..types import ImageLike
-from ._inputs import image
 from ._report import warning
 
 # Exit codes; main maps errors to the others.
 OK, IMAGES_FAILED, USAGE, NO_ANSWER, REFUSED, UNWRITABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+# Names in messages are no longer than this.
+_LONGEST = 200
 
 
 class CannotWrite(Exception):
     """The output cannot be written: a full disk, no permission."""
 
 
+class NothingLeft(Exception):
+    """There is nothing to ask about, and why has been told.
+
+    Attributes:
+        code: the exit code.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def reason(error: OSError) -> str:
     """What went wrong, without the name of the file that it went wrong with."""
     return os.strerror(error.errno).lower() if error.errno else str(error)
+
+
+def shortened(name: object, longest: int = _LONGEST) -> str:
+    """A name, or a text with names, for a message: on one line, and cut out of the middle where it
+    is long."""
+    text = str(name)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def escaped(name: str) -> str:
@@ -36,19 +57,6 @@ def escaped(name: str) -> str:
 def connect(options: Namespace) -> Client:
     """A client as the options ask for."""
     return Client(options.url, timeout=options.timeout)
-
-
-class Images(Iterable[ImageLike]):
-    """The images of a list of names, with a length for the progress bar."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[ImageLike]:
-        return map(image, self._names)
 
 
 def warn_if_untrained(client: Client) -> None:

@@ -9,10 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._sync import Client
+from ..errors import ConfigurationError
 from ..types import Model
 from . import _tables
-from ._common import IMAGES_FAILED, OK, Images, connect, escaped, progress, warn_if_untrained
-from ._inputs import STDIN, expand
+from ._common import (
+    IMAGES_FAILED,
+    OK,
+    connect,
+    escaped,
+    progress,
+    shortened,
+    warn_if_untrained,
+)
+from ._inputs import STDIN, Images, expand
 from ._journal import Journal
 from ._report import error, note
 
@@ -25,7 +34,9 @@ def embed_to_file(options: Namespace) -> int:
     """
     output = Path(options.output)
     _tables.check(output)
-    names = expand(options.images)
+    names, told = expand(options)
+    if not options.overwrite:
+        _keep_other_images(output, names)
     with connect(options) as client:
         warn_if_untrained(client)
         model = client.model()
@@ -34,18 +45,42 @@ def embed_to_file(options: Namespace) -> int:
             failed = _embed_missing(client, names, journal)
             good = [name for name in names if name not in failed]
             if good:
+                if not options.overwrite:
+                    _keep_other_images(output, good)
                 blocks = lambda: journal.blocks(good, _tables.BLOCK)  # noqa: E731
                 images = [escaped(name) for name in good]
                 table = _tables.Table(images, model.embedding_size, blocks, describe(model))
                 _tables.write(output, table)
         except BaseException:
             journal.close()
-            note(f"{journal.path} keeps what was done: the same command goes on from there")
+            kept = shortened(journal.path)
+            note(f"{kept} keeps what was done: the same command goes on from there")
             raise
         journal.delete()
     if good:
         print(f"{output}: {len(good)} × {model.embedding_size} float32")
-    return IMAGES_FAILED if failed else OK
+    return IMAGES_FAILED if failed or told else OK
+
+
+def _keep_other_images(output: Path, names: Sequence[str]) -> None:
+    """Raise ConfigurationError where `output` has images that a table of `names` would not have."""
+    try:
+        if output.stat().st_size == 0:
+            return
+    except OSError:
+        return  # not there; or told when it is written
+    try:
+        held = _tables.read_images(output)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error}; --overwrite replaces it") from None
+    # Standard input is not the same image twice.
+    lost = sorted(set(held) - {escaped(name) for name in names if name != STDIN})
+    if lost:
+        raise ConfigurationError(
+            f"{shortened(output)} has {len(lost)} images that are not among these {len(names)}, "
+            f"{shortened(lost[0])} for one; --overwrite replaces it (xargs runs the command once "
+            "for each batch: give all names to one run, with --files-from -)"
+        )
 
 
 def describe(model: Model) -> str:
@@ -68,7 +103,7 @@ def _embed_missing(client: Client, names: Sequence[str], journal: Journal) -> se
         if item.error is None:
             journal.add(name, item.result)
         else:
-            error(f"{name}: {item.error.reason}")
+            error(f"{shortened(name)}: {item.error.reason}")
             failed.add(name)
     sys.stderr.flush()
     return failed

@@ -3,53 +3,86 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from argparse import Namespace
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from .._images import encode
 from ..errors import ConfigurationError
-from ._common import OK, connect, escaped
+from ._common import IMAGES_FAILED, OK, connect, escaped, shortened
 from ._embed import describe
-from ._inputs import expand, image
-from ._tables import add_array, check_folder, replacing, write_safetensors
+from ._inputs import STDIN, expand, read_stdin
+from ._report import error
+from ._tables import add_array, check_place, replacing, write_safetensors
 
 Array = npt.NDArray[np.float32]
 
-_PICTURE_HEIGHT = 512
+# Of a picture's half; an image of one row of pixels would be millions wide.
+_HEIGHT, _MOST_WIDTH = 512, 2048
 
 
 def features_to_file(options: Namespace) -> int:
     """Save the feature map of one image; returns the exit code."""
     if options.json:
         raise ConfigurationError("--json prints the map, -o and --picture write files: not both")
-    names = expand(options.images)
+    names, told = expand(options)
     if len(names) != 1:
         raise ConfigurationError(f"-o and --picture take one image, not {len(names)}")
     output = Path(options.output) if options.output else None
     if output is not None and output.suffix not in (".safetensors", ".npz"):
-        raise ConfigurationError(f"{output}: the name must end in .safetensors, .npz")
+        raise ConfigurationError(f"{shortened(output)}: the name must end in .safetensors, .npz")
     for file in filter(None, (options.output, options.picture)):
-        check_folder(Path(file))
+        check_place(Path(file))
     if options.picture:
-        _format(Path(options.picture))
+        _check_picture(Path(options.picture), names[0])
     with connect(options) as client:
         model = client.model()
-        given = image(names[0])
-        neck = client.features(given)["neck"]
+        image = _Kept(names[0])
+        neck = client.features(cast("BinaryIO", image))["neck"]
     if output is not None:
         metadata = {"image": escaped(names[0]), "model": describe(model)}
         with replacing(output) as temporary:
             _save(temporary, output.suffix, neck, metadata)
         print(f"{output}: neck {' × '.join(map(str, neck.shape))} float32")
     if options.picture:
-        with Image.open(io.BytesIO(given) if isinstance(given, bytes) else names[0]) as photo:
-            picture(photo.convert("RGB"), neck, Path(options.picture))
+        try:
+            photo = _decoded(image.data)
+        except Exception as failure:  # Pillow raises nearly anything
+            error(f"{shortened(names[0])}: no picture, for Pillow cannot read it here ({failure})")
+            return IMAGES_FAILED
+        picture(photo, neck, Path(options.picture))
         print(f"{options.picture}: the image, and its first three principal components")
-    return OK
+    return IMAGES_FAILED if told else OK
+
+
+class _Kept:
+    """An image file that keeps what was read: a pipe can be read once only, and a picture is to
+    show what the server was sent."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.data = b""
+
+    def read(self) -> bytes:
+        """All of it."""
+        if self.name == STDIN:
+            self.data = read_stdin("an image")
+        else:
+            self.data = encode(self.name, (1, 1))  # a file passes unchanged, whatever the size
+        return self.data
+
+
+def _decoded(data: bytes) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = None  # the server has a limit of its own
+    with Image.open(io.BytesIO(data)) as photo:
+        rgb: Image.Image = photo.convert("RGB")
+        return rgb
 
 
 def _save(path: Path, suffix: str, neck: Array, metadata: dict[str, str]) -> None:
@@ -65,7 +98,8 @@ def _save(path: Path, suffix: str, neck: Array, metadata: dict[str, str]) -> Non
 def picture(photo: Image.Image, neck: Array, path: Path) -> None:
     """Write `photo` and, to its right, what the model saw where: patches that are alike to the
     model have the same colour."""
-    size = (max(1, round(photo.width * _PICTURE_HEIGHT / photo.height)), _PICTURE_HEIGHT)
+    scale = min(_HEIGHT / photo.height, _MOST_WIDTH / photo.width)
+    size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
     colours = Image.fromarray(principal_colours(neck))
     both = Image.new("RGB", (2 * size[0], size[1]))
     both.paste(photo.resize(size, Image.Resampling.LANCZOS), (0, 0))
@@ -92,9 +126,17 @@ def principal_colours(neck: Array) -> npt.NDArray[np.uint8]:
     return colours.reshape(height, width, 3)
 
 
+def _check_picture(path: Path, name: str) -> None:
+    _format(path)
+    if name == STDIN or not (os.path.exists(path) and os.path.exists(name)):  # noqa: PTH110
+        return
+    if path.samefile(name):
+        raise ConfigurationError(f"{shortened(path)} is the image itself: choose another name")
+
+
 def _format(path: Path) -> str:
     Image.init()
     name = Image.EXTENSION.get(path.suffix.lower(), "")
     if name not in Image.SAVE:
-        raise ConfigurationError(f"{path}: cannot write pictures of this kind; try .png")
+        raise ConfigurationError(f"{shortened(path)}: cannot write pictures of this kind; try .png")
     return name

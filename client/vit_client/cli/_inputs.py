@@ -3,66 +3,156 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..types import ImageLike
+from ._common import IMAGES_FAILED, USAGE, NothingLeft, reason, shortened
+from ._folders import images_below, what_was_skipped
+from ._report import error, note
 
 STDIN = "-"
 
-_SUFFIXES = tuple(
-    f".{name}"
-    for name in (
-        *("avif", "bmp", "gif", "heic", "heif", "jfif", "jp2", "jpe", "jpeg", "jpg", "pbm"),
-        *("pgm", "png", "pnm", "ppm", "qoi", "tga", "tif", "tiff", "webp"),
-    )
-)
+_URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
-def expand(arguments: Sequence[str]) -> list[str]:
-    """Names of all images: a file as it is, the images below a folder, the matches of a pattern,
-    in order and each once. A file that does not exist stays, to be reported like any other that
-    cannot be read.
+def expand(options: Namespace) -> tuple[list[str], bool]:
+    """Names of all images asked for: a file as it is, the images below a folder, the matches of a
+    pattern, the names in a list; in order and each once. A file that does not exist stays, to be
+    reported like any other that cannot be read. All else that is wrong is reported here.
+
+    Returns:
+        The names, and whether something was reported.
 
     Raises:
-        ConfigurationError: A folder has no images, or a pattern no match.
+        NothingLeft: There is nothing to ask about; why has been reported.
+        ConfigurationError: The list of names cannot be used.
     """
-    names: dict[str, None] = {}
-    for argument in arguments:
-        path = Path(argument)
-        if argument == STDIN or path.is_file():
-            found = [argument]
-        elif path.is_dir():
-            found = _below(path)
-            if not found:
-                raise ConfigurationError(f"no images in folder {argument}")
-        elif glob.has_magic(argument):
-            matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207  # absolute too
-            found = [match for match in matches if Path(match).is_file()]
-            if not found:
-                raise ConfigurationError(f"no file matches {argument}")
+    if STDIN in options.images and options.files_from == STDIN:
+        raise ConfigurationError("standard input is either an image or a list of names, not both")
+    listed = _listed(options.files_from, null=options.null) if options.files_from else []
+    if not listed and not options.images:
+        raise ConfigurationError(f"{shortened(options.files_from)}: no names in it")
+    asked = _Asked()
+    for argument in options.images:
+        asked.add(argument, options.exclude)
+    for name in listed:
+        asked.add_file(name)
+    if not asked.names:
+        raise NothingLeft(IMAGES_FAILED if asked.unreadable else USAGE)
+    return list(asked.names), asked.unreadable or asked.mistaken
+
+
+class _Asked:
+    def __init__(self) -> None:
+        self.names: dict[str, None] = {}
+        self.unreadable = False
+        self.mistaken = False
+
+    def add(self, argument: str, exclude: Sequence[str]) -> None:
+        exists = os.path.lexists(argument)  # Path's own way raises for a name that is too long
+        if os.path.isdir(argument):  # noqa: PTH112
+            self._add_folder(argument, exclude)
+        elif glob.has_magic(argument) and not exists and not not_a_file(argument):
+            self._add_matches(argument)
         else:
-            found = [argument]
-        names.update(dict.fromkeys(found))
-    return list(names)
+            self.add_file(argument)
+
+    def add_file(self, name: str) -> None:
+        if why := not_a_file(name):
+            self._tell_mistake(name, why)
+        else:
+            self.names[name] = None
+
+    def _add_folder(self, folder: str, exclude: Sequence[str]) -> None:
+        found = images_below(folder, exclude)
+        if skipped := what_was_skipped(found):
+            note(f"skipped in {shortened(folder)}: {skipped}")
+        for name, why in found.unreadable:
+            error(f"{shortened(name)}: {why}")
+            self.unreadable = True
+        if not found.images and not found.unreadable:
+            self._tell_mistake(folder, "no images in this folder")
+        self.names.update(dict.fromkeys(found.images))
+
+    def _add_matches(self, pattern: str) -> None:
+        matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207  # absolute too
+        matches = [match for match in matches if not os.path.isdir(match)]  # noqa: PTH112
+        if "**" in pattern:
+            matches = [match for match in matches if not _goes_in_circles(match)]
+        if not matches:
+            self._tell_mistake(pattern, "no file matches this pattern")
+        self.names.update(dict.fromkeys(matches))
+
+    def _tell_mistake(self, name: str, why: str) -> None:
+        error(f"{shortened(name)}: {why}")
+        self.mistaken = True
+
+
+def not_a_file(name: str) -> str:
+    """Why `name` cannot be that of a file; "" where it can."""
+    if not _URL.match(name) or os.path.lexists(name):
+        return ""
+    scheme = name.partition(":")[0].lower()
+    if scheme == "data":
+        return "data: URIs are not read: decode it, and give the file"
+    if scheme == "file":
+        return "URLs are not read: give the path alone"
+    return "URLs are not fetched: download it first"
+
+
+def _goes_in_circles(path: str) -> bool:
+    """Whether a link on the way leads back to a folder on the way: `**` follows it 40 times."""
+    real = [os.path.realpath(folder) for folder in Path(path).parents]
+    return len(set(real)) < len(real)
+
+
+def _listed(file: str, *, null: bool) -> list[str]:
+    """The names in `file`, one a line or ended by NUL."""
+    try:
+        data = read_stdin("a list of names") if file == STDIN else Path(file).read_bytes()
+    except OSError as failure:
+        raise ConfigurationError(f"{shortened(file)}: {reason(failure)}") from None
+    if not null and b"\0" in data:
+        raise ConfigurationError(f"{shortened(file)}: its names end with NUL: add -0")
+    if null and b"\0" not in data and b"\n" in data:
+        raise ConfigurationError(f"{shortened(file)}: it has a name a line: leave out -0")
+    if null:
+        names = data.split(b"\0")
+    else:  # Windows has a mark at the beginning, and ends lines with \r\n
+        lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        names = [line.removesuffix(b"\r") for line in lines]
+    # "./-" is the file of this name; "-" would be standard input.
+    return [os.fsdecode(name) if name != b"-" else "./-" for name in names if name.strip()]
 
 
 def image(name: str) -> ImageLike:
     """What to give to the client for a name from `expand`."""
-    if name != STDIN:
-        return name
+    return read_stdin("an image") if name == STDIN else name
+
+
+def read_stdin(what: str) -> bytes:
+    """All of standard input."""
     if sys.stdin.isatty():
-        raise ConfigurationError("'-' reads an image from standard input, which is a terminal")
-    return sys.stdin.buffer.read()
+        raise ConfigurationError(f"'-' reads {what} from standard input, which is a terminal")
+    # Not by its buffer: Python cannot end while a thread waits in there.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as file:
+        return file.read()
 
 
-def _below(folder: Path) -> list[str]:
-    return sorted(
-        str(path)
-        for path in folder.rglob("*")
-        if path.name.lower().endswith(_SUFFIXES)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+class Images(Iterable[ImageLike]):
+    """The images of a list of names, with a length for the progress bar."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[ImageLike]:
+        return map(image, self._names)

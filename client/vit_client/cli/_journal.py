@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError
-from ._common import CannotWrite
+from ._common import CannotWrite, shortened
 
 Array = npt.NDArray[np.float32]
 
@@ -93,15 +93,16 @@ class Journal:
 
     @contextlib.contextmanager
     def _errors_told(self) -> Iterator[None]:
+        path = shortened(self.path)
         try:
             yield
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
-                text = f"{self.path}: is another run writing it? ({error})"
+                text = f"{path}: is another run writing it? ({error})"
                 raise ConfigurationError(text) from None
-            raise CannotWrite(f"{self.path} cannot be written ({error})") from None
+            raise CannotWrite(f"{path} cannot be written ({error})") from None
         except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"{self.path} is damaged, delete it ({error})") from None
+            raise ConfigurationError(f"{path} is damaged, delete it ({error})") from None
 
 
 def _stamp(name: str) -> str:

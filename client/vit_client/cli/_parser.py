@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+import sys
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any, NoReturn
 
 from .. import __version__
 from ._answers import answer
+from ._common import shortened
 from ._embed import embed_to_file
 from ._features import features_to_file
 from ._health import health
@@ -24,8 +29,13 @@ Ask a Triton server what is in images.
 """
 
 _IMAGES = """\
-An IMAGE is a file, a folder (with all its subfolders), a quoted pattern such as 'img/**/*.jpg',
-or - for one image on standard input.
+An IMAGE is a file, a folder (with all its subfolders and those that links lead to), a quoted
+pattern such as 'img/**/*.jpg', or - for one image on standard input. From a folder come the files
+with an image's suffix, but no hidden ones, and nothing from @eaDir, #recycle and other such
+litter. After -- everything is an IMAGE: a file called -o.jpg is ./-o.jpg, or -- -o.jpg.
+
+For more names than fit on a line, `find photos -name '*.jpg' -print0 | vit-client embed
+--files-from - -0 -o photos.npz`. These names are files, as they are: no folders, no patterns.
 """
 
 _ENVIRONMENT = """\
@@ -47,9 +57,45 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         self._action_max_length = 18
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, which would print names of any length."""
+        super().error(shortened(message, 400))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; exits with code 2 where it makes no sense."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    top = parser()
+    for argument in takewhile(lambda each: each != "--", given):
+        if argument.startswith("-") and argument != "-" and os.path.lexists(argument):
+            name = shortened(argument)
+            top.error(
+                f"{name} reads as an option, but is also a file here: for the file write "
+                f"./{name} (./*.jpg for a pattern), or -- before all names; for the option go to "
+                "another folder"
+            )
+    options = top.parse_args(given)
+    if problem := _does_not_fit(options):
+        options.verb.error(problem)
+    return options
+
+
+def _does_not_fit(options: argparse.Namespace) -> str:
+    """What argparse does not see; "" if all is well."""
+    given = vars(options)
+    if "images" in given and not options.images and not options.files_from:
+        return "the following arguments are required: IMAGE (or --files-from FILE)"
+    if given.get("null") and not options.files_from:
+        return "-0 goes with --files-from"
+    if given.get("overwrite") and not options.output:
+        return "--overwrite goes with -o"
+    return ""
+
+
 def parser() -> argparse.ArgumentParser:
     """All of the command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         "vit-client",
         description=_DESCRIPTION,
         epilog="\n".join([_IMAGES, _ENVIRONMENT, _EXIT_CODES]),
@@ -92,6 +138,9 @@ def _embed(verbs: Any) -> None:
         metavar="FILE",
         help="write a .npz, .safetensors or .parquet file; interrupted, the same command goes on",
     )
+    verb.add_argument(
+        "--overwrite", action="store_true", help="replace FILE even if other images are in it"
+    )
 
 
 def _features(verbs: Any) -> None:
@@ -133,7 +182,7 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
         epilog="\n".join(part for part in (about, _ENVIRONMENT, _EXIT_CODES) if part),
         formatter_class=_Help,
     )
-    verb.set_defaults(run=run, task=name)
+    verb.set_defaults(run=run, task=name, verb=verb)
     verb.add_argument("--url", metavar="HOST:PORT", help="the server (VIT_URL, localhost:8001)")
     verb.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="for one request (VIT_TIMEOUT, 60)"
@@ -149,7 +198,20 @@ def _positive(text: str) -> int:
 
 
 def _takes_images(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder, pattern or -")
+    verb.add_argument("images", nargs="*", metavar="IMAGE", help="file, folder, pattern or -")
+    verb.add_argument(
+        "--files-from", metavar="FILE", help="take more names from FILE, one a line; - is stdin"
+    )
+    verb.add_argument(
+        "-0", "--null", action="store_true", help="those names end with NUL, as of find -print0"
+    )
+    verb.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out what has such a name, or path, below a folder; may be repeated",
+    )
 
 
 def _prints(verb: argparse.ArgumentParser, *, csv: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
@@ -9,7 +10,8 @@ def note(message: str) -> None:
     """Something to know."""
     # On a terminal, over the progress bar, which then draws itself anew below.
     clear = "\r\033[K" if sys.stderr.isatty() else ""
-    print(f"{clear}vit-client: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a full disk, or nobody reads it: the answers still count
+        print(f"{clear}vit-client: {message}", file=sys.stderr, flush=True)
 
 
 def error(message: str) -> None:

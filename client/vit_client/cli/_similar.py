@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from ..errors import ConfigurationError
 from . import _tables
-from ._common import OK, connect, escaped
+from ._common import OK, connect, escaped, shortened
 from ._embed import describe
-from ._inputs import image
+from ._inputs import image, not_a_file
 from ._report import warning
 from ._show import print_json
 
@@ -21,17 +21,22 @@ Array = npt.NDArray[np.float32]
 
 def similar(options: Namespace) -> int:
     """Print the best matches, best first; returns the exit code."""
+    if why := not_a_file(options.query):
+        raise ConfigurationError(f"{shortened(options.query)}: {why}")
     images, embeddings, model = _tables.read(Path(options.to))
     with connect(options) as client:
         query = client.embed(image(options.query))
         current = describe(client.model())
-    if embeddings.ndim != 2 or embeddings.shape[1] != len(query):
+    if embeddings.shape[1] != len(query):
         raise ConfigurationError(
-            f"{options.to} has embeddings {list(embeddings.shape)}, the server's model gives "
-            f"{len(query)} numbers"
+            f"{shortened(options.to)} has embeddings {list(embeddings.shape)}, the server's model "
+            f"gives {len(query)} numbers"
         )
     if model and model != current:
-        warning(f"{options.to} is of another model ({model}): its numbers mean something else")
+        warning(
+            f"{shortened(options.to)} is of another model ({shortened(model)}): its numbers mean "
+            "something else"
+        )
     for row, cosine in best(query, embeddings, options.number):
         if options.json:
             print_json({"image": escaped(images[row]), "cosine": cosine})

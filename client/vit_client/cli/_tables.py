@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError
-from ._common import CannotWrite, reason
+from ._common import CannotWrite, reason, shortened
 
 Array = npt.NDArray[np.float32]
 
@@ -45,25 +45,38 @@ def check(path: Path) -> None:
     """Say now, rather than after an hour's work, that `path` cannot be written.
 
     Raises:
-        ConfigurationError: Unknown format, its package is not installed, or no such folder.
+        ConfigurationError: Unknown format, its package is not installed, no such folder, or a
+            folder is in the way.
+        CannotWrite: The folder is not writable.
     """
-    if path.suffix not in _WRITERS:
-        raise ConfigurationError(f"{path}: the name must end in {', '.join(_WRITERS)}")
+    if path.suffix not in _FORMATS:
+        raise ConfigurationError(f"{shortened(path)}: the name must end in {', '.join(_FORMATS)}")
     if path.suffix == ".parquet":
         _pyarrow("parquet")
-    check_folder(path)
+    check_place(path)
 
 
-def check_folder(path: Path) -> None:
-    """Raise ConfigurationError where the folder that `path` is to be written to is not there."""
-    if not path.parent.is_dir():
-        raise ConfigurationError(f"{path}: no such folder {path.parent}")
+def check_place(path: Path) -> None:
+    """Raise where no file of the name `path` can be made, as `check` does."""
+    # Path's own methods raise for a name that is too long.
+    if not os.path.isdir(path.parent):  # noqa: PTH112
+        raise ConfigurationError(f"{shortened(path)}: no such folder {shortened(path.parent)}")
+    if os.path.isdir(path):  # noqa: PTH112
+        raise ConfigurationError(f"{shortened(path)} is a folder")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise CannotWrite(f"{shortened(path)} cannot be written (permission denied)")
+    try:
+        _beside(path).lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # the name is too long
+        raise ConfigurationError(f"{shortened(path)}: {reason(error)}") from None
 
 
 def write(path: Path, table: Table) -> None:
     """Write `table` in the format that the suffix names."""
     with replacing(path) as temporary:
-        _WRITERS[path.suffix](temporary, table)
+        _FORMATS[path.suffix].write(temporary, table)
 
 
 def read(path: Path) -> tuple[list[str], Array, str]:
@@ -72,18 +85,32 @@ def read(path: Path) -> tuple[list[str], Array, str]:
     Raises:
         ConfigurationError: No such file, or it is another kind of file.
     """
-    reader = _READERS.get(path.suffix)
-    if reader is None:
-        raise ConfigurationError(f"{path}: the name must end in {', '.join(_READERS)}")
+    with _errors_told(path):
+        images, embeddings, model = _FORMATS[path.suffix].read(path)
+        if embeddings.ndim != 2 or len(images) != len(embeddings):
+            raise ValueError(f"{len(images)} names for {list(embeddings.shape)} numbers")
+        return images, embeddings.astype(np.float32, copy=False), model
+
+
+def read_images(path: Path) -> list[str]:
+    """The images alone, in little time and memory; raises as `read` does."""
+    with _errors_told(path):
+        return _FORMATS[path.suffix].read_images(path)
+
+
+@contextlib.contextmanager
+def _errors_told(path: Path) -> Iterator[None]:
+    if path.suffix not in _FORMATS:
+        raise ConfigurationError(f"{shortened(path)}: the name must end in {', '.join(_FORMATS)}")
     try:
-        images, embeddings, model = reader(path)
+        yield
     except ConfigurationError:  # no pyarrow
         raise
     except OSError as error:
-        raise ConfigurationError(f"{path}: {(error.strerror or str(error)).lower()}") from None
-    except (KeyError, ValueError, zipfile.BadZipFile, struct.error) as error:
-        raise ConfigurationError(f"{path} is not a file of embeddings ({error})") from None
-    return images, embeddings, model
+        raise ConfigurationError(f"{shortened(path)}: {reason(error)}") from None
+    except Exception as error:  # numpy and pyarrow raise nearly anything for a foreign file
+        why = shortened(str(error) or type(error).__name__)
+        raise ConfigurationError(f"{shortened(path)} is not a file of embeddings ({why})") from None
 
 
 @contextlib.contextmanager
@@ -93,16 +120,21 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: Any OSError, told of `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise CannotWrite(f"{path} cannot be written ({reason(error)})") from None
+        raise CannotWrite(f"{shortened(path)} cannot be written ({reason(error)})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def write_safetensors(
@@ -131,14 +163,24 @@ def _write_safetensors(path: Path, table: Table) -> None:
 
 def _read_safetensors(path: Path) -> tuple[list[str], Array, str]:
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > path.stat().st_size:
-            raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
+        header = _safetensors_header(file)
         shape = header["embeddings"]["shape"]
         numbers = np.fromfile(file, "<f4", int(np.prod(shape)))
     metadata = header["__metadata__"]
     return json.loads(metadata["images"]), numbers.reshape(shape), metadata.get("model", "")
+
+
+def _read_safetensors_images(path: Path) -> list[str]:
+    with path.open("rb") as file:
+        images: list[str] = json.loads(_safetensors_header(file)["__metadata__"]["images"])
+    return images
+
+
+def _safetensors_header(file: IO[bytes]) -> Any:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError("its header is longer than the file")
+    return json.loads(file.read(length))
 
 
 def _write_npz(path: Path, table: Table) -> None:
@@ -166,6 +208,12 @@ def _read_npz(path: Path) -> tuple[list[str], Array, str]:
         return arrays["images"].tolist(), arrays["embeddings"], model
 
 
+def _read_npz_images(path: Path) -> list[str]:
+    with np.load(path, allow_pickle=False) as arrays:
+        images: list[str] = arrays["images"].tolist()
+    return images
+
+
 def _write_parquet(path: Path, table: Table) -> None:
     pa, pq = _pyarrow(), _pyarrow("parquet")
     fields = [("image", pa.string()), ("embedding", pa.list_(pa.float32(), table.width))]
@@ -187,6 +235,12 @@ def _read_parquet(path: Path) -> tuple[list[str], Array, str]:
     return table["image"].to_pylist(), numbers, model
 
 
+def _read_parquet_images(path: Path) -> list[str]:
+    table = _pyarrow("parquet").read_table(path, columns=["image"])
+    images: list[str] = table["image"].to_pylist()
+    return images
+
+
 def _pyarrow(module: str = "") -> Any:
     try:
         return import_module(f"pyarrow.{module}" if module else "pyarrow")
@@ -196,13 +250,14 @@ def _pyarrow(module: str = "") -> Any:
         ) from None
 
 
-_WRITERS: dict[str, Callable[[Path, Table], None]] = {
-    ".npz": _write_npz,
-    ".safetensors": _write_safetensors,
-    ".parquet": _write_parquet,
-}
-_READERS: dict[str, Callable[[Path], tuple[list[str], Array, str]]] = {
-    ".npz": _read_npz,
-    ".safetensors": _read_safetensors,
-    ".parquet": _read_parquet,
+class _Format(NamedTuple):
+    write: Callable[[Path, Table], None]
+    read: Callable[[Path], tuple[list[str], Array, str]]
+    read_images: Callable[[Path], list[str]]
+
+
+_FORMATS = {
+    ".npz": _Format(_write_npz, _read_npz, _read_npz_images),
+    ".safetensors": _Format(_write_safetensors, _read_safetensors, _read_safetensors_images),
+    ".parquet": _Format(_write_parquet, _read_parquet, _read_parquet_images),
 }
