@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import _health, _wire
 from ._channel import ChannelOptions, Settings, check_timeout
 from ._engine import Engine
-from ._images import is_one_image
+from ._images import is_one_image, mistaken
 from ._progress import Meter, Progress
 from .errors import BadImages
 from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
@@ -28,15 +28,16 @@ class AsyncClient:
     event loop it is first used in.
 
     Wherever a method takes an image, that is a path, the bytes of an image file, an open binary
-    file, a PIL image, or a uint8 array [height, width, 3] in RGB order. One image gives one
-    result; a list gives the results of all, in order, and may be of any length: it is sent in
-    requests of a size that the server accepts, several at once. For more than fits in memory
-    there is `stream`.
+    file, a PIL image, or a uint8 array (or tensor) [height, width, 3] in RGB order. One image gives
+    one result; a list, an array or table column of paths, or any other iterable gives the results
+    of all, in order, and may be of any length: it is sent in requests of a size that the server
+    accepts, several at once. For more than fits in memory there is `stream`.
 
     Every method that asks the server may raise any of `vit_client.errors`, and takes `timeout`:
-    the seconds that one request may take, with everything that belongs to it: waiting for its
-    turn, sending, the server's work, retries and the pauses between them. A long list takes
-    several requests.
+    the seconds that one request may take, with everything that belongs to it: reading its images,
+    waiting for its turn, sending, the server's work, retries and the pauses between them. A long
+    list takes several requests. An image that cannot be read in that time, from a pipe or a mount
+    that hangs, is a `BadImage`, and holds up no others: they are sent without it.
     """
 
     def __init__(
@@ -355,7 +356,8 @@ class AsyncClient:
         _check_choice("task", task, get_args(Task))
         _check_choice("on_error", on_error, get_args(OnError))
         if is_one_image(images):
-            raise TypeError(f"stream takes an iterable of images, not one {type(images).__name__}")
+            words = mistaken(images) or f"not one {type(images).__name__}"
+            raise TypeError(f"stream takes an iterable of images, {words}")
         seconds = self._timeout(timeout)
         return self._run_batches(images, task, top_k, on_error, progress, seconds)
 

@@ -109,19 +109,22 @@ class Connection:
         timeout: float,
         task: str | None = None,
         retries: int | None = None,
+        deadline: float | None = None,
     ) -> Any:
         """Send one message and return its answer, trying again within one deadline.
 
         The deadline covers everything: the wait for one of the client's slots, every try, and
-        the pauses between them.
+        the pauses between them. `deadline`, by the monotonic clock, is for a call of which a part
+        of `timeout` has passed already.
 
         With `retries` 0 the first answer counts, whatever it is; but a call that no server has
         begun has had none, and is sent again all the same.
         """
         self._open()  # where the client cannot be used it says so at once
         left = self.settings.retries if retries is None else retries
-        deadline = time.monotonic() + timeout
-        await self._take_slot(timeout, task)
+        if deadline is None:
+            deadline = time.monotonic() + timeout
+        await self._take_slot(timeout, deadline, task)
         try:
             attempt = turned_away = 0
             while True:
@@ -184,12 +187,12 @@ class Connection:
             self._left.add(opened)
             self._current = None
 
-    async def _take_slot(self, timeout: float, task: str | None) -> None:
+    async def _take_slot(self, timeout: float, deadline: float, task: str | None) -> None:
         if not self._slots.locked():
             await self._slots.acquire()
             return
         try:
-            await asyncio.wait_for(self._slots.acquire(), timeout)
+            await asyncio.wait_for(self._slots.acquire(), deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise DeadlineExceeded(
                 f"waited {timeout:g} s for one of this client's {self.settings.concurrency} "

@@ -6,22 +6,32 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from . import _wire
 from ._channel import Settings
 from ._connection import Connection
-from ._images import ENCODED, Refused, Unusable, encode, name_of
+from ._images import ENCODED, Refused, Unusable, encode, name_of, too_large
+from ._loading import Loaded, Reading
 from ._source import chunks
-from .errors import BadImage, InvalidRequest, ServerError
+from .errors import BadImage, InvalidRequest, ServerError, is_too_large
 from .types import Item
 
-# A request keeps well below the 64 MB that proxies and servers commonly allow.
+# A request keeps well below the 64 MiB that proxies and servers commonly allow, if its images let
+# it.
 _MAX_REQUEST_BYTES = 32 << 20
+# Of a request, what is not images: names, shapes, and the length of each image.
+_FRAME_BYTES = 4096
 # Larger answers gain nothing: the cost of a request is already spread over many images, and big
 # messages wait for each other.
 _MAX_ANSWER_BYTES = 4 << 20
+# Seconds after which an image that is not loaded yet no longer holds up the others of its chunk;
+# and the same for those after it, which likely hang for the same reason.
+_PATIENCE = 0.5
+_PATIENCE_THEN = 0.05
+# Threads that hang: on a mount that is gone, all files do.
+_MOST_HANGING = 256
 
 
 class Engine:
@@ -29,13 +39,17 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self.connection = Connection(settings)
-        self._pool = ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 4), "vit-load")
+        self._room = _MAX_REQUEST_BYTES
+        # One of these for each thread that loads images, except for those that hang.
+        self._loaders = asyncio.Semaphore(min(16, (os.cpu_count() or 1) + 4))
+        self._readings: set[Reading] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
         """Cancel what is in flight and close the connection."""
         self.connection.closed = True
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for reading in list(self._readings):
+            reading.give_up()
         # Of streams that were left in the middle. Waited for, or asyncio would report them.
         tasks = list(self._tasks)
         for task in tasks:
@@ -49,27 +63,70 @@ class Engine:
         self, task: str, images: list[Any], first: int, timeout: float, top_k: int
     ) -> list[Item[Any]]:
         """Answers to a few images, the first of which has index `first`. A bad image becomes an
-        item with an error; every other failure raises."""
-        started = time.monotonic()
-        size = (await self.connection.model(timeout)).image_size
-        timeout = max(0.0, timeout - (time.monotonic() - started))
-        items: dict[int, Item[Any]] = {}
-        row = 0
+        item with an error; every other failure raises.
+
+        A request's time begins as its first image is read. An image that is not read within its
+        time is a bad one: it is no fault of the server, and the others have their answers.
+        """
+        begun = time.monotonic()
+        model = await self.connection.model(timeout)
+        most = model.max_request_bytes - _FRAME_BYTES
+        load = partial(encode, size=model.image_size, most=most)
+        results: dict[int, Any] = {}
+        hanging: list[tuple[Reading, int, float]] = []
+        row, kept = 0, None
         while row < len(images):
-            if all(isinstance(image, ENCODED) for image in images[row:]):
-                # Nothing to read or convert: not worth a trip through a thread.
-                loaded = _load(images, row, size)
-            else:
-                loop = asyncio.get_running_loop()
-                loaded = await loop.run_in_executor(self._pool, _load, images, row, size)
-            results = await self._infer(task, loaded, timeout, top_k)
-            for position, result in results.items():
-                items[position] = _item(task, first + position, images[position], result)
-            row += len(loaded)
-        return [items[position] for position in range(len(images))]
+            reading = Reading(images, row, kept, min(self._room, most), load)
+            patience = _PATIENCE_THEN if hanging else min(_PATIENCE, timeout / 4)
+            await self._load(reading, images[row:], patience, task)
+            loaded, row, busy = reading.take()
+            kept = reading.kept
+            if busy:
+                hanging.append((reading, row, begun + timeout))
+                row += 1
+            results.update(await self._infer(task, loaded, timeout, begun + timeout, top_k))
+            begun = time.monotonic()
+        for reading, row, deadline in hanging:
+            await self._wait(reading, deadline - time.monotonic(), task)
+            loaded, _, _ = reading.take()
+            if not loaded:
+                loaded = {row: Unusable(f"could not be read within {timeout:g} s")}
+            results.update(await self._infer(task, loaded, timeout, deadline, top_k))
+        return [
+            _item(task, first + position, image, results[position])
+            for position, image in enumerate(images)
+        ]
+
+    async def _load(self, reading: Reading, images: list[Any], patience: float, task: str) -> None:
+        """Returns when `reading` has ended, or has been at one image for longer than `patience`."""
+        if all(isinstance(image, ENCODED) for image in images):
+            reading.run()  # nothing to read or convert: not worth a trip through a thread
+            return
+        async with self._loaders:
+            if len(self._readings) < _MOST_HANGING:
+                self._readings.add(reading)
+                reading.ended.add_done_callback(lambda _: self._readings.discard(reading))
+                reading.start()
+            at = -1
+            while at != reading.next:
+                at = reading.next
+                if await self._wait(reading, patience, task):
+                    return
+
+    async def _wait(self, reading: Reading, seconds: float, task: str) -> bool:
+        try:
+            ended = await reading.wait(seconds)
+        except asyncio.CancelledError:
+            reading.take()  # the thread ends after the image it is at
+            if self.connection.closed:
+                raise self.connection.closed_meanwhile(task) from None
+            raise
+        if self.connection.closed:
+            raise self.connection.closed_meanwhile(task)
+        return ended
 
     async def _infer(
-        self, task: str, loaded: dict[int, bytes | Unusable], timeout: float, top_k: int
+        self, task: str, loaded: Loaded, timeout: float, deadline: float, top_k: int
     ) -> dict[int, Any]:
         """Result or Unusable for each of `loaded`. The server refuses a request whole if it has
         bad images, and names them; the others are sent again without those."""
@@ -79,9 +136,12 @@ class Engine:
             message = _wire.request(task, list(files.values()))
             try:
                 response = await self.connection.call(
-                    "ModelInfer", message, timeout=timeout, task=task
+                    "ModelInfer", message, timeout=timeout, deadline=deadline, task=task
                 )
             except InvalidRequest as error:
+                deadline = time.monotonic() + timeout
+                if is_too_large(error, message.ByteSize()):
+                    return results | await self._in_parts(task, files, timeout, error, top_k)
                 rows = list(files)
                 bad = {
                     rows[row]: reason
@@ -102,6 +162,23 @@ class Engine:
                     )
                 results.update(zip(files, answers, strict=True))
                 break
+        return results
+
+    async def _in_parts(
+        self, task: str, files: dict[int, bytes], timeout: float, error: InvalidRequest, top_k: int
+    ) -> dict[int, Any]:
+        """Results of a request that was too large, to the server or to a proxy before it, although
+        it kept to what the server tells: in smaller ones, which are the rule from now on."""
+        if len(files) == 1:
+            return {row: too_large(len(data), error.message) for row, data in files.items()}
+        size = sum(len(data) + 4 for data in files.values())
+        self._room = min(self._room, size // 2)
+        half = len(files) // 2
+        results: dict[int, Any] = {}
+        for rows in (list(files)[:half], list(files)[half:]):
+            part: Loaded = {row: files[row] for row in rows}
+            deadline = time.monotonic() + timeout
+            results |= await self._infer(task, part, timeout, deadline, top_k)
         return results
 
     # -- many chunks -------------------------------------------------------------------------
@@ -190,23 +267,6 @@ class _Window:
 
     def took(self, seconds: float) -> None:
         self._slow = seconds > self._target
-
-
-def _load(images: list[Any], start: int, size: tuple[int, int]) -> dict[int, bytes | Unusable]:
-    """Encoded images from position `start` on, until they fill a request."""
-    loaded: dict[int, bytes | Unusable] = {}
-    total = 0
-    for position in range(start, len(images)):
-        try:
-            data: bytes | Unusable = encode(images[position], size)
-        except Unusable as error:
-            data = error
-        loaded[position] = data
-        if not isinstance(data, Unusable):
-            total += len(data)
-        if total > _MAX_REQUEST_BYTES:
-            break
-    return loaded
 
 
 def _item(task: str, index: int, image: Any, result: Any) -> Item[Any]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import io
 import os
+import re
+import stat
 import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +22,7 @@ if TYPE_CHECKING:
 
 ENCODED = (bytes, bytearray, memoryview)
 
-# PIL opens files lazily, and two threads must not load the same image at once. One of these locks
-# is picked by the image's identity, so that different images still load side by side.
-_LOCKS = [threading.Lock() for _ in range(16)]
+_READ_BYTES = 1 << 18
 
 
 class Unusable(Exception):
@@ -31,72 +34,196 @@ class Refused(Unusable):
 
 
 def is_one_image(value: Any) -> bool:
-    """Whether `value` is one image rather than several: everything that is not a collection."""
+    """Whether `value` is to be taken as one image rather than several: everything that is not a
+    collection of images, so that it is told what is wrong with it."""
     return (
-        isinstance(value, (str, os.PathLike, np.ndarray, *ENCODED))
+        isinstance(value, (str, os.PathLike, *ENCODED))
         or hasattr(value, "read")
+        or is_array(value)
+        or bool(mistaken(value))
         or not (hasattr(value, "__iter__") or hasattr(value, "__aiter__"))
     )
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` has numbers: an array of numpy's or a tensor, rather than a column of names,
+    which has all that arrays have."""
+    if isinstance(value, np.ndarray):
+        return value.ndim != 1 or value.dtype.kind not in "OUT"
+    if not all(hasattr(value, name) for name in ("__array__", "shape", "dtype")):
+        return False
+    return len(value.shape) != 1 or "uint8" in str(value.dtype)
+
+
+def mistaken(value: Any) -> str:
+    """What to pass instead of something that holds images or names, but not as a plain list does;
+    "" for everything else."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"{kind} is not a list of images: pass list(images.values()), or its keys as a list"
+    if hasattr(value, "iloc") and hasattr(value, "columns"):
+        return f"{kind} is a table: pass its column of paths"
+    if hasattr(value, "status_code") and hasattr(value, "content"):
+        return f"{kind} is an answer, not an image: pass its .content"
+    if hasattr(value, "namelist") or hasattr(value, "getmembers"):
+        return f"{kind} is an archive: pass the bytes of each of its files"
+    return ""
 
 
 def name_of(image: ImageLike) -> str | None:
     """Path or file name, for messages; None for what has none."""
     if isinstance(image, (str, os.PathLike)):
-        return os.fspath(image)
+        return os.fsdecode(image)
     # File objects have `name`, PIL images that came from a file have `filename`.
     name = getattr(image, "name", None) or getattr(image, "filename", None)
     return name if isinstance(name, str) else None
 
 
-def encode(image: ImageLike, size: tuple[int, int]) -> bytes:
+def encode(image: ImageLike, size: tuple[int, int], most: int = 2**31 - 1) -> bytes:
     """The image as an encoded file. Files and bytes pass unchanged, whatever their format.
 
     PIL images and arrays become PPM, which costs no more than a copy. They are first scaled to
     `size` (height, width) if that makes them smaller, just as the server would: it then finds
     nothing left to scale and ends up with the same pixels, bit for bit.
 
+    Args:
+        size: Height and width to which the server scales.
+        most: Bytes of the largest file that it takes. No more than that is read.
+
     Raises:
-        Unusable: if there is no such file, or the value is no image.
+        Unusable: if there is no such file, it is too large, or the value is no image.
     """
     if isinstance(image, ENCODED):
         data = bytes(image)
     elif isinstance(image, (str, os.PathLike)):
-        data = _read(Path(image))
-    elif isinstance(image, np.ndarray):
-        data = _from_array(image, size)
+        data = _read(os.fsdecode(image), most)
+    elif words := mistaken(image):
+        raise Unusable(words)
+    elif is_array(image):
+        data = _from_array(_as_numpy(image), size)
     elif hasattr(image, "read"):
-        data = _read_open(image)
+        data = _read_open(image, most)
     else:
         data = _from_pil(image, size)
     if not data:
         raise Unusable("is empty")
+    if len(data) > most:
+        raise too_large(len(data), _limit(most))
     return data
 
 
-def _read(path: Path) -> bytes:
+def too_large(size: int | None, limit: str) -> Unusable:
+    """
+    Args:
+        size: Bytes of the file, if known.
+        limit: Who allows no more, in words.
+    """
+    is_large = f"is {_amount(size)}, too large" if size else "is too large"
+    return Unusable(f"{is_large} ({limit}): save it as JPEG, or pass a PIL image")
+
+
+def _limit(size: int) -> str:
+    return f"the server takes {_amount(size)} in a request"
+
+
+def _amount(size: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
+def _read(name: str, most: int) -> bytes:
+    path = Path(name)
     try:
-        if path.is_char_device():  # /dev/zero has no end
+        status = path.stat()
+        if stat.S_ISCHR(status.st_mode):  # /dev/zero has no end
             raise Unusable("is a device, not a file")
-        return path.read_bytes()
+        if status.st_size > most and stat.S_ISREG(status.st_mode):
+            raise too_large(status.st_size, _limit(most))
+        with path.open("rb", buffering=0) as file:
+            return _read_up_to(file, most, status.st_size + 1)
     except OSError as error:
-        raise Unusable((error.strerror or str(error)).lower()) from None
+        raise Unusable(_not_a_path(name) or (error.strerror or str(error)).lower()) from None
     except ValueError as error:  # a NUL in the name
         raise Unusable(str(error)) from None
 
 
-def _read_open(file: Any) -> bytes:
+def _not_a_path(name: str) -> str:
+    """What to do with a text that is no path at all."""
+    scheme = re.match(r"(?:(data):|([a-z][a-z0-9+.-]+)://)", name, re.IGNORECASE)
+    if not scheme:
+        return ""
+    if scheme[1]:
+        return "data: URIs are not read: decode it, and pass the bytes"
+    if scheme[2].lower() == "file":
+        return "URLs are not read: pass the path alone"
+    return "URLs are not fetched: download it first"
+
+
+def _read_open(file: Any, most: int) -> bytes:
     if isinstance(file, io.TextIOBase):
         raise Unusable('is open as text; open it with "rb"')
     try:
-        data = file.read()
+        # As `image.save(file)` leaves it, and whoever has read it: all of it can only be meant.
+        return _read_up_to(file, most) or _read_again(file, most)
     except (OSError, ValueError) as error:  # ValueError: the file is closed
         raise Unusable(str(error)) from None
-    if not isinstance(data, bytes):
+
+
+def _read_again(file: Any, most: int) -> bytes:
+    try:
+        if not file.tell():
+            return b""
+        file.seek(0)
+    except (AttributeError, OSError):
+        raise Unusable("has nothing left to read: was it read before?") from None
+    return _read_up_to(file, most)
+
+
+def _read_up_to(file: Any, most: int, expected: int = 0) -> bytes:
+    """All of a file, in as many reads as it takes; or, as soon as that is known, that it has more
+    than `most` bytes."""
+    step = max(expected, _READ_BYTES)  # not more, for so much memory is taken first
+    parts: list[bytes] = []
+    size = 0
+    while size <= most:
+        try:
+            part = _checked(file, file.read(min(step, most + 1 - size)))
+        except TypeError:  # its read() takes no size, and gives all at once
+            return _checked(file, file.read())
+        if not part:
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.append(part)
+        size += len(part)
+    raise too_large(None, _limit(most))
+
+
+def _checked(file: Any, part: Any) -> bytes:
+    """What a read has given, if that is bytes."""
+    if inspect.isawaitable(part):
+        if inspect.iscoroutine(part):
+            part.close()  # or Python warns that it was never awaited
+        raise Unusable(f"the read() of {type(file).__name__} is async: pass await file.read()")
+    if part is None:
+        raise Unusable("is open without blocking, and has no data yet: pass the bytes")
+    if not isinstance(part, bytes):
         raise Unusable('is open as text; open it with "rb"')
-    return data
+    return part
+
+
+def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
+    if isinstance(array, np.ndarray):
+        return array
+    try:
+        return np.asarray(array)
+    except Exception as error:  # on a GPU, or part of a graph: each library has its own
+        raise Unusable(f"{type(array).__name__} does not become an array: {error}") from None
 
 
 def _from_array(array: np.ndarray[Any, Any], size: tuple[int, int]) -> bytes:
+    if array.dtype == np.uint8 and array.ndim in (1, 2) and 0 < array.size == max(array.shape):
+        return array.tobytes()  # an encoded file as a vector, from OpenCV's `imencode`
     _check_array(array)
     height, width, _ = array.shape
     if _shrinks(height, width, size):
@@ -108,6 +235,8 @@ def _from_array(array: np.ndarray[Any, Any], size: tuple[int, int]) -> bytes:
 
 def _check_array(array: np.ndarray[Any, Any]) -> None:
     what = f"array of {array.dtype} {list(array.shape)} is not uint8 [height, width, 3]"
+    if array.dtype.kind in "OSU":
+        raise Unusable(f"{what}: pass a list of paths, or of the bytes of image files")
     if array.ndim == 4:
         raise Unusable(f"{what}: for a batch pass list(array)")
     if array.ndim == 2:
@@ -116,7 +245,8 @@ def _check_array(array: np.ndarray[Any, Any]) -> None:
         raise Unusable(what)
     if array.shape[2] != 3:
         if array.shape[0] == 3:
-            raise Unusable(f"{what}: put the channels last with array.transpose(1, 2, 0)")
+            scale = "" if array.dtype == np.uint8 else ", scale it to 0…255, make it uint8"
+            raise Unusable(f"{what}: put the channels last with transpose(1, 2, 0){scale}")
         raise Unusable(what)
     if array.dtype != np.uint8:
         raise Unusable(f"{what}: scale it to 0…255 and convert with astype('uint8')")
@@ -133,7 +263,7 @@ def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
             "image or a uint8 array [height, width, 3]"
         )
     try:
-        with _LOCKS[(id(image) >> 4) % len(_LOCKS)]:
+        with _alone_with(image):
             image.load()
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             if _shrinks(rgb.height, rgb.width, size):
@@ -141,6 +271,29 @@ def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
             return _ppm(rgb.height, rgb.width, rgb.tobytes())
     except Exception as error:  # a closed or broken file raises nearly anything in Pillow
         raise Unusable(f"it cannot be decoded: {str(error) or type(error).__name__}") from None
+
+
+# How many threads hold or want each of these locks, by the identity of an image.
+_locks: dict[int, tuple[threading.Lock, int]] = {}
+_locks_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _alone_with(image: Any) -> Iterator[None]:
+    """PIL opens files lazily, and two threads must not load the same image at once. Different ones
+    may, and one that hangs must not hold up others."""
+    key = id(image)
+    with _locks_lock:
+        lock, users = _locks.get(key, (threading.Lock(), 0))
+        _locks[key] = (lock, users + 1)
+    try:
+        with lock:
+            yield
+    finally:
+        with _locks_lock:
+            lock, users = _locks.pop(key)
+            if users > 1:
+                _locks[key] = (lock, users - 1)
 
 
 def _shrinks(height: int, width: int, size: tuple[int, int]) -> bool:

@@ -29,15 +29,16 @@ class Client:
     survive a fork: make it in the process that uses it.
 
     Wherever a method takes an image, that is a path, the bytes of an image file, an open binary
-    file, a PIL image, or a uint8 array [height, width, 3] in RGB order. One image gives one
-    result; a list gives the results of all, in order, and may be of any length: it is sent in
-    requests of a size that the server accepts, several at once. For more than fits in memory
-    there is `stream`.
+    file, a PIL image, or a uint8 array (or tensor) [height, width, 3] in RGB order. One image gives
+    one result; a list, an array or table column of paths, or any other iterable gives the results
+    of all, in order, and may be of any length: it is sent in requests of a size that the server
+    accepts, several at once. For more than fits in memory there is `stream`.
 
     Every method that asks the server may raise any of `vit_client.errors`, and takes `timeout`:
-    the seconds that one request may take, with everything that belongs to it: waiting for its
-    turn, sending, the server's work, retries and the pauses between them. A long list takes
-    several requests.
+    the seconds that one request may take, with everything that belongs to it: reading its images,
+    waiting for its turn, sending, the server's work, retries and the pauses between them. A long
+    list takes several requests. An image that cannot be read in that time, from a pipe or a mount
+    that hangs, is a `BadImage`, and holds up no others: they are sent without it.
     """
 
     def __init__(

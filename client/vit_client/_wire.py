@@ -16,6 +16,9 @@ from .types import Model, Prediction
 
 MODEL = "vit"
 
+# Of a server that tells no bound.
+_MAX_REQUEST_BYTES = 64 << 20
+
 _DTYPES = {"FP32": "<f4", "FP16": "<f2", "INT32": "<i4"}
 
 # One line for each bad image of a request. Triton puts "in ensemble '…', " before the first.
@@ -101,6 +104,7 @@ def model(config: Any, version: str) -> Model:
             feature_shape=(depth, rows, columns),
             max_top_k=dims["top_scores__3"][0],
             max_batch_size=max(1, config.max_batch_size),
+            max_request_bytes=_request_bytes(text.get("max_request_bytes", "")),
             precision=text.get("precision", ""),
             trained=text.get("weights") != "random",
             weights_sha256=text.get("weights_sha256", ""),
@@ -110,6 +114,11 @@ def model(config: Any, version: str) -> Model:
             f"the server has a model named {MODEL!r}, but not the one this client is for: "
             f"its tensors are {sorted(dims)}"
         ) from None
+
+
+def _request_bytes(text: str) -> int:
+    # More than 2 GiB is no message of protobuf's.
+    return min(int(text), 2**31 - 1) if text.isdecimal() and int(text) else _MAX_REQUEST_BYTES
 
 
 def answer_bytes(task: str, model: Model) -> int:

@@ -68,6 +68,15 @@ class VitClientError(Exception):
         return _restore, (type(self), self.args, self.__dict__)
 
 
+def shortened(name: object, longest: int = 200) -> str:
+    """A name, or a text with names, for a message: on one line, and cut out of the middle where it
+    is long."""
+    text = str(name)
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _restore(kind: type[VitClientError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
     error = kind.__new__(kind, *args)
     error.args = args
@@ -84,11 +93,13 @@ class ClientClosed(VitClientError):
 
 
 class BadImage(VitClientError):
-    """One image cannot be used: no such file, not an image, truncated, far too large.
+    """One image cannot be used: no such file, not an image, truncated, far too large; or it could
+    not be read within the timeout, which is no fault of the server.
 
     Attributes:
         index: position of the image among those given to the call, from 0.
-        name: path or file name of the image, or None for bytes, arrays and the like.
+        name: path or file name of the image, or None for bytes, arrays and the like. In the
+            message it is shortened where it is very long.
         reason: what is wrong with it, in a few words.
     """
 
@@ -101,7 +112,7 @@ class BadImage(VitClientError):
         task: str | None = None,
         details: str | None = None,
     ) -> None:
-        where = name if name is not None else f"image {index}"
+        where = shortened(name) if name is not None else f"image {index}"
         super().__init__(f"{where}: {reason}", task=task, details=details)
         self.index = index
         self.name = name
@@ -284,6 +295,12 @@ def is_not_begun(error: VitClientError) -> bool:
     return isinstance(error, Unavailable) and (error.details or "").startswith(_NOT_BEGUN)
 
 
+def is_too_large(error: InvalidRequest, size: int) -> bool:
+    """Whether a request of `size` bytes was refused for its size, not its answer for its own."""
+    details = error.details or ""
+    return f"larger than max ({size} vs" in details or details.endswith("status: 413")
+
+
 def _message(
     kind: type[VitClientError], code: grpc.StatusCode, details: str, url: str, timeout: float
 ) -> str:
@@ -311,6 +328,8 @@ def _message(
 def _unavailable_hint(url: str, details: str) -> str:
     if url.endswith((":8000", ":8002")):
         return ": is that Triton's port for HTTP or metrics? The one for gRPC is 8001 by default"
+    if "http1.x server" in details:
+        return ": something listens there that speaks HTTP/1.1. Is it the HTTP port?"
     if "Handshake read failed" in details or "TSI_DATA_CORRUPTED" in details:
         return (
             ": something listens there, but the TLS handshake got nowhere. Is it starting, or does "

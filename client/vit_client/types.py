@@ -27,7 +27,11 @@ ImageLike = Union[
     "npt.NDArray[np.uint8]",
 ]
 """One image: a path, an encoded file as bytes or as an open binary file, a PIL image, or a
-uint8 array [height, width, 3] in RGB order."""
+uint8 array [height, width, 3] in RGB order.
+
+Type checkers are told no more, but a uint8 tensor of the same shape is as good as an array; a
+uint8 vector (OpenCV's `imencode`) is an encoded file; and an open file that stands at its end is
+read from its beginning. URLs are not fetched."""
 
 Task = Literal["classify", "probabilities", "embed", "features"]
 
@@ -93,6 +97,9 @@ class Model:
     """K, the largest top_k that `classify` can answer."""
     max_batch_size: int
     """Images that the server accepts in one request. Longer lists are split for you."""
+    max_request_bytes: int
+    """Bytes that the server accepts in one request, and so in one image file: 64 MiB if it does not
+    tell. Larger files are not read; PIL images and arrays are scaled before they are sent."""
     precision: str
     """"fp32", "bf16" or "fp16"; "" if the server does not tell."""
     trained: bool

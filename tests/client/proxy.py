@@ -33,6 +33,8 @@ class Proxy:
     held: int = 0  # of these, by `delay`
     most_in_flight: int = 0
     cancelled: int = 0
+    sizes: list[int] = field(default_factory=list)  # of the requests, in bytes
+    most: int = 1 << 31  # bytes of a request; larger ones are refused
 
     @property
     def inferences(self) -> int:
@@ -42,11 +44,15 @@ class Proxy:
         self, target: grpc.aio.Channel, method: str, request: bytes, context: Any
     ) -> Any:
         self.calls.append(method)
+        self.sizes.append(len(request))
         self.headers = dict(context.invocation_metadata())
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await self._hold(self.delay)
+            if len(request) > self.most:  # in gRPC's words
+                words = f"SERVER: Received message larger than max ({len(request)} vs. {self.most})"
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
             if self.refusals and method == "ModelInfer":
                 code, words = self.refusals[0] if self.forever else self.refusals.pop(0)
                 await context.abort(code, words)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import PIL
 import pytest
+import torch
 from PIL import Image
 from vit_client._images import Unusable, encode, is_one_image, name_of
 
@@ -61,14 +62,29 @@ def test_nothing_larger_than_the_model_needs_is_sent() -> None:
         (np.zeros((8, 8, 4), np.uint8), r"\[8, 8, 4\] is not uint8 \[height, width, 3\]"),
         (np.zeros((2, 8, 8, 3), np.uint8), "list"),
         (np.zeros((0, 8, 3), np.uint8), "no pixels"),
-        (np.zeros(8, np.uint8), "is not uint8"),
+        (np.zeros((3, 8, 8), np.float32), r"transpose\(1, 2, 0\), scale it"),
+        (np.zeros(8, np.float32), "is not uint8"),
+        (np.zeros(0, np.uint8), "is not uint8"),
+        (np.array(["a.jpg"], "S5"), "list of paths, or of the bytes"),
+        (np.array([["a.jpg"]], object), "list of paths"),
         (b"", "is empty"),
+        (io.BytesIO(), "is empty"),
         (io.StringIO("text"), '"rb"'),
         ("", "directory"),
         ("no\0name", "null"),
         ("/no/such/file", "no such file"),
         ("/dev/zero", "is a device, not a file"),
         ("/", "directory"),
+        ("https://example.org/cat.jpg", "URLs are not fetched: download it first"),
+        ("s3://bucket/cat.jpg", "URLs are not fetched"),
+        ("file:///tmp/cat.jpg", "pass the path alone"),
+        ("data:image/png;base64,iVBORw0KGgo", "decode it, and pass the bytes"),
+        ("x" * 5000, "too long"),
+        ({"a": "a.jpg"}, r"dict is not a list of images: pass list\(images.values\(\)\)"),
+        (torch.zeros(3, 8, 8), r"array of float32 \[3, 8, 8\] .*transpose\(1, 2, 0\), scale it"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"transpose\(1, 2, 0\)$"),
+        (torch.zeros(2, 3, 8, 8), "list"),
+        (torch.zeros(8, 8, 3, device="meta"), "Tensor does not become an array"),
         (7, "int is not an image"),
         (None, "NoneType is not an image"),
     ],

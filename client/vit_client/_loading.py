@@ -1,0 +1,100 @@
+"""Images of a request, read and converted in a thread that nobody has to wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from ._images import Unusable
+
+Encode = Callable[[Any], bytes]
+
+Loaded = dict[int, "bytes | Unusable"]
+"""Images as they are sent, or why they cannot be, by position."""
+
+
+class Reading:
+    """A thread's way through images, one after another, until they fill a request.
+
+    A read may hang, of a pipe that nobody writes to or of a file on a server that is gone, and
+    nothing can end it. So the thread is a daemon, which Python does not wait for at exit, and what
+    it has loaded can be taken while it hangs.
+    """
+
+    def __init__(
+        self, images: list[Any], start: int, kept: bytes | None, room: int, encode: Encode
+    ) -> None:
+        """
+        Args:
+            images: Those of a chunk.
+            start: Position of the first to load.
+            kept: That one as it is sent, if an earlier reading had no room for it.
+            room: Bytes of all together; one alone may have more.
+            encode: Loads one image.
+        """
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.next = start  # the first that is not loaded; its thread is busy with it
+        self.kept: bytes | None = None  # that one, loaded, where there was no more room for it
+        self._given = kept
+        self._images = images
+        self._room = room
+        self._encode = encode
+        self._lock = threading.Lock()
+        self._loaded: Loaded = {}
+        self._left = False
+
+    def start(self) -> None:
+        """Load in a thread."""
+        threading.Thread(target=self._run_in_thread, daemon=True, name="vit-load").start()
+
+    def run(self) -> None:
+        """Load here, what needs no waiting."""
+        total = 0
+        for position in range(self.next, len(self._images)):
+            data = self._given or self._load(self._images[position])
+            self._given = None
+            with self._lock:
+                if isinstance(data, bytes):
+                    if total and total + len(data) > self._room and not self._left:
+                        self.kept = data
+                        return
+                    total += len(data) + 4  # its length goes before it
+                self._loaded[position] = data
+                self.next = position + 1
+                if self._left:
+                    return
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether the thread comes to its end within that time."""
+        await asyncio.wait([self.ended], timeout=max(0.0, seconds))
+        return self.ended.done()
+
+    def take(self) -> tuple[Loaded, int, bool]:
+        """What is loaded, the position after that, and whether the thread is still busy with the
+        image there. It will load that one only, for another `take`."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, {}
+            self._left = True
+            busy = self.next < len(self._images) and self.kept is None
+            return loaded, self.next, busy
+
+    def give_up(self) -> None:
+        """Wake whoever waits."""
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _run_in_thread(self) -> None:
+        self.run()
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            self.ended.get_loop().call_soon_threadsafe(self.give_up)
+
+    def _load(self, image: Any) -> bytes | Unusable:
+        try:
+            return self._encode(image)
+        except Unusable as error:
+            return error
+        except Exception as error:  # of somebody else's read() or __array__()
+            return Unusable(f"cannot be read: {str(error) or type(error).__name__}")
