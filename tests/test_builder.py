@@ -56,6 +56,7 @@ def test_repository_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
         "weights": "trained",
         "weights_sha256": hashlib.sha256((GOLDENS / "tiny.pt").read_bytes()).hexdigest(),
         "precision": "fp32",
+        "max_request_bytes": "67108864",
     }
     report = json.loads((output / "build_report.json").read_text())
     assert report["weights_sha256"] == found["vit"].parameters["weights_sha256"].string_value

@@ -72,14 +72,14 @@ def test_messages_have_bounds(preprocess: ModuleType) -> None:
 
 def test_limits(preprocess: ModuleType) -> None:
     data = (GOLDENS / "images" / "tall.jpg").read_bytes()  # 37x700
-    assert preprocess.decode(data, 64, 64, 37 * 700).shape == (64, 64, 3)
+    assert preprocess.decode(data, 64, 64, preprocess.Room(37 * 700)).shape == (64, 64, 3)
     with pytest.raises(preprocess.BadImage, match="37x700 is over 25899 pixels"):
-        preprocess.decode(data, 64, 64, 37 * 700 - 1)
+        preprocess.decode(data, 64, 64, preprocess.Room(37 * 700 - 1))
     for size in ((65536, 1), (1, 65536)):
         file = io.BytesIO()
         Image.new("L", size).save(file, "PNG")
         with pytest.raises(preprocess.BadImage, match=f"{size[0]}x{size[1]} has a side of over"):
-            preprocess.decode(file.getvalue(), 64, 64, 10**6)
+            preprocess.decode(file.getvalue(), 64, 64, preprocess.Room(10**6))
 
 
 @pytest.mark.parametrize("side", [64, 96])
@@ -87,8 +87,8 @@ def test_limits(preprocess: ModuleType) -> None:
 def test_fast_jpeg_is_nearly_the_same(preprocess: ModuleType, photo: Path, side: int) -> None:
     """A photo of 4 to 10 times the model's size, as 2 megapixels are of 256 pixels."""
     data = photo.read_bytes()
-    exact = preprocess.decode(data, side, side, 10**6).astype(int)
-    fast = preprocess.decode(data, side, side, 10**6, fast_jpeg=True).astype(int)
+    exact = preprocess.decode(data, side, side, preprocess.Room(10**6)).astype(int)
+    fast = preprocess.decode(data, side, side, preprocess.Room(10**6), fast_jpeg=True).astype(int)
     assert 0 < abs(fast - exact).mean() < 1
     assert abs(fast - exact).max() <= 40
 
@@ -97,5 +97,5 @@ def test_fast_jpeg_changes_nothing_else(preprocess: ModuleType) -> None:
     """No other kind of file, and no JPEG below four times the model's size (two each way)."""
     for path in sorted((GOLDENS / "images").iterdir()):
         side = 16 if path.suffix != ".jpg" else 256
-        exact, fast = (preprocess.decode(path.read_bytes(), side, side, 10**6, f) for f in (0, 1))
+        exact, fast = (preprocess.decode(path.read_bytes(), side, side, preprocess.Room(10**6), f) for f in (0, 1))
         np.testing.assert_array_equal(fast, exact, str(path))

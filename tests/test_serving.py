@@ -114,7 +114,7 @@ POISON = {
     "truncated jpeg": (PHOTO[: len(PHOTO) // 2], "truncated"),
     "truncated png": (png(np.zeros((64, 64, 3), np.uint8))[:-40], "cannot be decoded"),
     "header only": (PHOTO[:20], "not an image|cannot be decoded"),
-    "bomb": (encoded(Image.new("1", (60_000, 60_000)), "PNG"), "60000x60000 is over 50000000 pix"),
+    "bomb": (encoded(Image.new("1", (60_000, 60_000)), "PNG"), "60000x60000 is over 108000000 pix"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
 }
 

@@ -24,6 +24,8 @@ _LEGACY_NAMES = (
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
 )
+# What torch.compile and DataParallel put before (or, of a part, between) the names.
+_WRAPPERS = re.compile(r"^(?:module\.)+|\b_orig_mod\.")
 _CONFIG_FIELDS = {f.name for f in fields(ViTConfig)} - {"image_size", "num_classes", "norm_eps"}
 _TRAINING_ONLY = {"drop_path_rate"}  # config overrides that change nothing at inference
 # Mean and standard deviation of the published checkpoint, for models made here.
@@ -174,7 +176,12 @@ def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"its rgb_stats are not three means and three deviations: {mean}, {std}"
         )
-    if sorted(by_index) != list(range(num_classes)) or not num_classes:
+    if not num_classes:
+        raise CheckpointError(
+            "it has no classifier (0 classes, as self-supervised training leaves it), and "
+            "`classify` needs one: fine-tune it first"
+        )
+    if sorted(by_index) != list(range(num_classes)):
         raise CheckpointError(f"class_to_idx does not number its {num_classes} classes from 0")
     config = _override(config, content.get("config") or {})
     state = _check_state(content["state"], config)
@@ -208,10 +215,11 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise CheckpointError(f"its state has {name!r} for the name of a parameter")
+        name = _unwrapped(name)
         for old, new in _LEGACY_NAMES:
             name = re.sub(old, new, name)
         if name in found:
-            raise CheckpointError(f"its state has {name} twice, in the current and the old layout")
+            raise CheckpointError(f"its state has {name} twice, under different names")
         found[name] = tensor
     expected = _skeleton(config)
     if missing := [name for name in expected if name not in found]:
@@ -227,6 +235,12 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{name} holds numbers that are not finite")
     return {name: found[name].float().contiguous() for name in expected}
+
+
+def _unwrapped(name: str) -> str:
+    while (shorter := _WRAPPERS.sub("", name)) != name:
+        name = shorter
+    return name
 
 
 def _skeleton(config: ViTConfig) -> dict[str, Tensor]:

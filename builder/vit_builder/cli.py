@@ -118,7 +118,16 @@ def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
     # 64 (assumed).
     max_batch_size = args.max_batch_size or (64 if device == "cuda" else 16)
     top_k = args.top_k or min(100, classes)
-    return Settings(precision, max_batch_size, top_k, device, args.neck_precision, args.fast_jpeg)
+    return Settings(
+        precision=precision,
+        max_batch_size=max_batch_size,
+        top_k=top_k,
+        device=device,
+        neck_precision=args.neck_precision,
+        fast_jpeg=args.fast_jpeg,
+        max_image_pixels=args.max_image_pixels,
+        max_request_bytes=args.max_request_bytes,
+    )
 
 
 def _bf16_is_faster() -> bool:
@@ -153,6 +162,12 @@ def _positive(text: str) -> int:
 def _batch_size(text: str) -> int:
     if (number := _positive(text)) > 1024:
         raise argparse.ArgumentTypeError(f"{text} is over 1024: no GPU is faster with more")
+    return number
+
+
+def _request_bytes(text: str) -> int:
+    if (number := _positive(text)) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is over the 2 GB that gRPC can carry")
     return number
 
 
@@ -223,6 +238,23 @@ def _parser() -> argparse.ArgumentParser:
         type=_batch_size,
         metavar="N",
         help="most images in one batch (default: 16 for the CPU, 64 for cuda)",
+    )
+    add(
+        "--max-image-pixels",
+        type=_positive,
+        default=Settings.max_image_pixels,
+        metavar="N",
+        help="larger images are refused unseen. Decoding takes up to 16 bytes of memory a "
+        "pixel, in each of two processes, which decode no more than these at once "
+        "(default: %(default)s, a phone's 108 megapixels)",
+    )
+    add(
+        "--max-request-bytes",
+        type=_request_bytes,
+        default=Settings.max_request_bytes,
+        metavar="N",
+        help="larger files, and larger requests over HTTP, are refused (default: %(default)s, "
+        "64 MiB)",
     )
     add(
         "--top-k",

@@ -36,6 +36,8 @@ class Settings:
     device: str = "cpu"  # where it will be fast; it runs on both
     neck_precision: str = "fp32"  # on the wire
     fast_jpeg: bool = False
+    max_image_pixels: int = 108_000_000
+    max_request_bytes: int = 64 << 20
 
 
 def fill(
@@ -59,6 +61,8 @@ def fill(
                 tensor.data_type = DataType.TYPE_FP16
         if config.name == "preprocess":
             config.parameters["fast_jpeg"].string_value = str(settings.fast_jpeg).lower()
+            config.parameters["max_image_pixels"].string_value = str(settings.max_image_pixels)
+            config.parameters["max_request_bytes"].string_value = str(settings.max_request_bytes)
             queue = config.dynamic_batching.default_queue_policy
             queue.max_queue_size = QUEUED_BATCHES * settings.max_batch_size
         if config.name == "vit":
@@ -82,6 +86,7 @@ def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, s
     config.parameters["weights"].string_value = "trained" if checkpoint.trained else "random"
     config.parameters["weights_sha256"].string_value = sha256
     config.parameters["precision"].string_value = settings.precision
+    config.parameters["max_request_bytes"].string_value = str(settings.max_request_bytes)
 
 
 def _dims(checkpoint: Checkpoint, settings: Settings) -> dict[str, list[int]]:

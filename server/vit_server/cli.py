@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from . import probe, repository, tritonserver
+from .http_front import HttpFront
 from .process import STOPS, TritonProcess, say
-from .tritonserver import Ports, ServerError, Tls
+from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
 
 
 def main() -> None:
@@ -36,20 +37,21 @@ def serve(args: argparse.Namespace) -> int:
         signal.signal(number, _leave)  # until there is a tritonserver to stop
     repository.check(args.model_repository)
     tls = _tls(args)
-    ports = reserve_ports(args)
     installation = tritonserver.find()
     shm_prefix = f"{tritonserver.SEGMENTS}{os.getpid()}_"
-    with tritonserver.workspace() as folder:
+    with tritonserver.workspace() as folder, contextlib.ExitStack() as opened:
+        ports = reserve_ports(args, opened)
         tritonserver.prepare(installation, folder)
         models = folder / "models"
         repository.snapshot(args.model_repository.resolve(), models)
+        opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         age, key = args.grpc_max_connection_age, secrets.token_hex(16)
         command = tritonserver.command(
             installation, folder, ports, tls, age, key, shm_prefix, args.verbose
         )
         env = tritonserver.environment(installation)
         # preprocess looks there how much waits for vit.
-        env["VIT_METRICS"] = f"{tritonserver.bracketed(ports.host)}:{ports.metrics}"
+        env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
         process = TritonProcess(command, env, shm_prefix, args.verbose)
         try:
             say("Starting tritonserver …")
@@ -79,11 +81,11 @@ def _leave(*_: object) -> None:
 
 
 def _tell(ports: Ports, tls: Tls | None) -> None:
-    host, http_host = map(tritonserver.bracketed, (ports.host, ports.http_host))
+    http, metrics = (bracketed(*listening.getsockname()[:2]) for listening in ports.routes)
     lines = [
-        f"gRPC     {'grpcs://' if tls else ''}{host}:{ports.grpc}",
-        f"HTTP     http://{http_host}:{ports.http}",
-        f"metrics  http://{host}:{ports.metrics}/metrics",
+        f"gRPC     {'grpcs://' if tls else ''}{bracketed(ports.host, ports.grpc)}",
+        f"HTTP     http://{http}",
+        f"metrics  http://{metrics}/metrics",
         "Ready: every model has answered. Ctrl-C stops.",
     ]
     try:
@@ -110,32 +112,42 @@ def _tls(args: argparse.Namespace) -> Tls | None:
     return tls
 
 
-def reserve_ports(args: argparse.Namespace) -> Ports:
-    """The ports to listen on, seen to be free: Triton's own message does not name a taken one.
+def reserve_ports(args: argparse.Namespace, opened: contextlib.ExitStack) -> Ports:
+    """Sockets that listen for HTTP and metrics, which `opened` closes, and ports for tritonserver.
+
+    The one for gRPC is seen to be free: Triton's own message does not name a taken one.
 
     Raises:
         ServerError: a port is taken, or the address is not this machine's.
     """
-    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-    loopback = "::1" if ":" in args.host else "127.0.0.1"
+    chosen = [port for port in (args.grpc_port, args.http_port, args.metrics_port) if port]
+    if len(set(chosen)) < len(chosen):
+        raise ServerError("--grpc-port, --http-port and --metrics-port must differ")
+    loopback = "::1" if ":" in args.host else LOOPBACK
     # Triton has TLS for gRPC only: what must be encrypted must not leave this machine by HTTP.
     http_host = loopback if args.tls_certificate else args.host
-    hosts = {"grpc": args.host, "http": http_host, "metrics": args.host}
-    numbers = []
-    with contextlib.ExitStack() as held:  # held together, so that two cannot be the same
-        for name, host in hosts.items():
-            wanted = getattr(args, f"{name}_port")
-            trial = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind((host, wanted))
-            except OSError as e:
-                reason = f"cannot listen on {host} port {wanted}: {e.strerror}"
-                raise ServerError(f"{reason}; choose with --host and --{name}-port") from e
-            numbers.append(trial.getsockname()[1])
-    if len(set(numbers)) < len(numbers):
-        raise ServerError("--grpc-port, --http-port and --metrics-port must differ")
-    return Ports(args.host, http_host, *numbers)
+    with contextlib.ExitStack() as held:  # held together, so that no two are the same
+        grpc = held.enter_context(_listen(args.host, "grpc", args.grpc_port))
+        http = opened.enter_context(_listen(http_host, "http", args.http_port))
+        metrics = opened.enter_context(_listen(args.host, "metrics", args.metrics_port))
+        behind = [held.enter_context(_listen(LOOPBACK, name, 0)) for name in ("http", "metrics")]
+        http_port, metrics_port = (listening.getsockname()[1] for listening in behind)
+        routes = {http: http_port, metrics: metrics_port}
+        return Ports(args.host, grpc.getsockname()[1], http_port, metrics_port, routes)
+
+
+def _listen(host: str, name: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(128)
+    except OSError as e:
+        listening.close()
+        reason = f"cannot listen on {host} port {port}: {e.strerror}"
+        raise ServerError(f"{reason}; choose with --host and --{name}-port") from e
+    return listening
 
 
 def _address(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from tritonclient.utils import triton_to_np_dtype
 
 from .process import TritonProcess
-from .tritonserver import KEY_HEADER, Ports, ServerError, bracketed
+from .tritonserver import KEY_HEADER, LOOPBACK, Ports, ServerError
 
 # The ensembles cover all models; each output is a batch of numbers except the labels.
 ENSEMBLES = {"classify": "scores", "probabilities": "probabilities", "embed": "embedding"}
@@ -68,8 +68,7 @@ def drain(process: TritonProcess, ports: Ports, models: Path) -> bool:
 
 
 def _url(ports: Ports, path: str) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ports.http_host, ports.http_host)
-    return f"http://{bracketed(host)}:{ports.http}/v2/{path}"
+    return f"http://{LOOPBACK}:{ports.http}/v2/{path}"
 
 
 def _status(ports: Ports, path: str, key: str = "") -> int:

@@ -6,6 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from .http_front import MAX_REQUEST_BYTES
 from .probe import ENSEMBLES
 from .tritonserver import ServerError
 
@@ -41,6 +45,16 @@ def snapshot(repository: Path, to: Path) -> None:
     _check_digests(repository, to)
     # Python would do it when the models start, and Triton would take that for an update.
     compileall.compile_dir(to, quiet=2)
+
+
+def max_request_bytes(repository: Path) -> int:
+    """What the builder says of it; or the default, where an older one has said nothing."""
+    path = repository / "preprocess" / "config.pbtxt"
+    try:
+        config = text_format.Parse(path.read_text("utf-8"), ModelConfig())
+        return int(config.parameters["max_request_bytes"].string_value or MAX_REQUEST_BYTES)
+    except (text_format.ParseError, ValueError) as e:
+        raise ServerError(f"{path.relative_to(repository)}: {e}") from e
 
 
 def _copied_in_one_piece(repository: Path, to: Path) -> bool:

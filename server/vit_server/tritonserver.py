@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 import sysconfig
 import tempfile
@@ -20,6 +21,7 @@ OUR_BACKENDS = Path(__file__).parent / "backends"
 # A pid follows each of them.
 _WORKSPACE = "vit-server-"  # in /tmp
 SEGMENTS = "vit_server_"  # in /dev/shm
+LOOPBACK = "127.0.0.1"
 MIB = 1 << 20
 KEY_HEADER = "closed"  # of a call that is closed to those without the key
 
@@ -30,13 +32,13 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the server listens; hosts are addresses, not names."""
+    """Where tritonserver listens: for gRPC at `host`, an address, and else on loopback."""
 
     host: str
-    http_host: str
     grpc: int
     http: int
     metrics: int
+    routes: dict[socket.socket, int]  # what callers connect to, and which of these two is behind
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ def workspace() -> Iterator[Path]:
     temporary = Path(tempfile.gettempdir())
     if not re.fullmatch(r"[\w/.-]+", str(temporary), re.ASCII):
         temporary = Path("/tmp")
+    if os.statvfs(temporary).f_flag & os.ST_NOEXEC:
+        raise ServerError(
+            f"{temporary} is mounted noexec, and Triton's backends are executed from there: set "
+            "TMPDIR to another folder, or mount it with exec (docker run --tmpfs /tmp:exec)"
+        )
     _clear_after_the_killed(temporary)
     folder = temporary / f"{_WORKSPACE}{os.getpid()}-{secrets.token_hex(4)}"
     try:  # before it is made: a signal may come at any moment
@@ -159,13 +166,13 @@ def command(
         str(installation.binary),
         f"--model-repository={folder / 'models'}",
         f"--backend-directory={folder / 'backends'}",
-        f"--grpc-address={bracketed(ports.host)}",
+        f"--grpc-address={f'[{ports.host}]' if ':' in ports.host else ports.host}",
         f"--grpc-port={ports.grpc}",
         f"--grpc-max-connection-age={connection_age * 1000}",
         *_tls_options(tls),
-        f"--http-address={_for_evhtp(ports.http_host)}",
+        f"--http-address={LOOPBACK}",
         f"--http-port={ports.http}",
-        f"--metrics-address={_for_evhtp(ports.host)}",
+        f"--metrics-address={LOOPBACK}",
         f"--metrics-port={ports.metrics}",
         "--disable-auto-complete-config",  # the builder writes all of it
         # Lets vit-server unload models, by their folders, and nobody else.
@@ -211,14 +218,9 @@ def environment(installation: Installation) -> dict[str, str]:
     return env
 
 
-def bracketed(host: str) -> str:
-    """An address as it stands before ":port": IPv6 has colons of its own."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _for_evhtp(host: str) -> str:
-    """An address as Triton's HTTP library wants it: else it listens at 255.255.255.255."""
-    return f"ipv6:{host}" if ":" in host else host
+def bracketed(host: str, port: int) -> str:
+    """host:port, where an IPv6 address has brackets for its own colons."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def cores() -> int:

@@ -45,7 +45,7 @@ def main() -> None:
 
     def one(data: bytes) -> None:
         try:
-            pixels = module.decode(data, SIDE, SIDE, MAX_PIXELS)
+            pixels = module.decode(data, SIDE, SIDE, module.Room(MAX_PIXELS))
         except module.BadImage as e:
             if len(str(e)) < 10:
                 raise AssertionError("it does not say why") from e

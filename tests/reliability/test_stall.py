@@ -5,6 +5,7 @@ Triton 2.51 gives such a process up, and takes the answer that comes late for th
 
 import itertools
 import os
+import shutil
 import signal
 import threading
 import time
@@ -61,6 +62,47 @@ def test_process_that_is_stopped_at_work_ends_too(tiny_repository: Path) -> None
             assert server.process.wait(20) == 1
         else:
             np.testing.assert_array_equal(got, wanted)
+
+
+BUSY = """
+import ctypes
+import pathlib
+from model_before import *
+
+
+class TritonPythonModel(TritonPythonModel):
+    def answer(self, request):
+        if pathlib.Path({flag!r}).exists():
+            # Keeps Python's lock for 2 s and uses no CPU, like a thread that waits for one.
+            ctypes.PyDLL(None).usleep(2_000_000)
+        return super().answer(request)
+"""
+
+
+def test_process_whose_threads_wait_for_pythons_lock_goes_on(
+    tiny_repository: Path, tmp_path: Path
+) -> None:
+    """Triton's own sign of life needs no lock; it is what tells this one from a stopped one."""
+    repository = tmp_path / "models"
+    shutil.copytree(tiny_repository, repository)
+    model = repository / "postprocess" / "1" / "model.py"
+    model.rename(model.with_name("model_before.py"))
+    flag = tmp_path / "busy"
+    model.write_text(BUSY.format(flag=str(flag)))
+    photo = next(data for _, data in poison.originals())
+    with serving(repository) as server:
+        wanted = server.infer("classify", "image", [photo])
+        time.sleep(8)  # until it has told the thread by its rhythm, twice over
+        flag.touch()
+        got = server.infer("classify", "image", [photo])
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(got[name], array)
+        (held_up,) = model_processes(server.process.pid, "postprocess")
+        threading.Timer(0.5, send, (signal.SIGSTOP, [held_up])).start()
+        with pytest.raises(InferenceServerException, match="is not healthy"):
+            server.infer("classify", "image", [photo])
+        send(signal.SIGCONT, [held_up])
+        assert server.process.wait(20) == 1
 
 
 def send(number: signal.Signals, pids: list[int]) -> None:

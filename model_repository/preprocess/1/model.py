@@ -9,9 +9,11 @@ import io
 import json
 import os
 import re
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 
 import numpy as np
@@ -30,38 +32,81 @@ MAX_REASON, MAX_MESSAGE = 200, 4000
 MAX_SIDE = 65535
 # No encoder comes near these. libtiff stops at 100 scans of a JPEG too.
 MAX_SCANS, MAX_READS = 100, 1_000_000
+MAX_BMP_READS = 8_000_000  # Pillow reads a run of pixels (RLE) in two, of a byte each: some 5 s
 MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+OTHERS = {
+    "HEIC": re.compile(rb"....ftyp(hei|hev|mif|msf)", re.DOTALL),
+    "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
+    "JPEG 2000": re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  "),
+    "PDF": re.compile(rb"%PDF-"),
+    "SVG": re.compile(rb"\s*<(\?xml|svg)"),
+}
 
 
 class BadImage(Exception):
     """A row that has no pixels; the message is for the person who sent it."""
 
 
-def decode(data, height, width, max_pixels, fast_jpeg=False):
+def decode(data, height, width, room, fast_jpeg=False):
     """Encoded file (bytes) -> uint8 array [height, width, 3]. Raises BadImage."""
     if not data:
         raise BadImage("it is empty (0 bytes)")
     if has_too_many_scans(data):
         raise BadImage(f"a JPEG of more than {MAX_SCANS} scans")
     try:
-        with Image.open(Reader(data), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise BadImage(f"{image.width}x{image.height} is over {max_pixels} pixels")
+        reader = Reader(data)
+        with Image.open(reader, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > room.pixels:
+                raise BadImage(f"{image.width}x{image.height} is over {room.pixels} pixels")
             if max(image.size) > MAX_SIDE:
                 raise BadImage(f"{image.width}x{image.height} has a side of over {MAX_SIDE} pixels")
+            if image.format == "BMP":
+                reader.most = MAX_BMP_READS
             if fast_jpeg:  # decode at 1/2, 1/4 or 1/8, but at no less than twice what is wanted
                 image.draft(None, (2 * width, 2 * height))
-            image.load()
-            # convert() would copy an image that is RGB already: a third of the time of a small one.
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return resize(rgb, height, width)
+            with room.taken(pixels):
+                image.load()
+                # convert() would copy an image that is RGB already: a third of a small one's time.
+                rgb = image if image.mode == "RGB" else image.convert("RGB")
+                return resize(rgb, height, width)
     except BadImage:
         raise
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
-        raise BadImage(f"{len(data)} bytes that are not an image ({known})") from None
+        raise BadImage(f"{len(data)} bytes that are {what_else(data)}") from None
     except Exception as e:  # a broken file raises nearly anything in Pillow's decoders
         raise BadImage(f"it cannot be decoded: {str(e) or type(e).__name__}"[:MAX_REASON]) from e
+
+
+def what_else(data):
+    """What a file is that nothing here decodes, as far as people take it for an image."""
+    for name, magic in OTHERS.items():
+        if magic.match(data):
+            return f"{name}: not supported by the server; convert it, or pass a PIL image"
+    return f"not an image ({', '.join(FORMATS)})"
+
+
+class Room:
+    """Bounds the pixels that are decoded at once, and with them this process's memory.
+
+    One image of the largest size has it all for itself, so more cores do not need more memory.
+    """
+
+    def __init__(self, pixels):
+        self.pixels = self.free = pixels
+        self.freed = threading.Condition()
+
+    @contextmanager
+    def taken(self, pixels):
+        with self.freed:
+            self.freed.wait_for(lambda: self.free >= pixels)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.freed:
+                self.free += pixels
+                self.freed.notify_all()
 
 
 class Reader(io.BytesIO):
@@ -70,12 +115,12 @@ class Reader(io.BytesIO):
     Pillow walks through these in Python, at about 3 s a million reads.
     """
 
-    reads = 0
+    reads, most = 0, MAX_READS
 
     def read(self, size=-1):
         self.reads += 1
-        if self.reads > MAX_READS:
-            raise BadImage(f"it has more than {MAX_READS} parts")
+        if self.reads > self.most:
+            raise BadImage(f"it has more than {self.most} parts")
         return super().read(size)
 
 
@@ -110,6 +155,10 @@ class Backlog:
     POLL = 0.01  # seconds; a look costs 0.3 ms
 
     def __init__(self, address, limit):
+        try:
+            HTTPConnection(address)
+        except HTTPException:
+            raise pb_utils.TritonModelException(f"VIT_METRICS={address} is not HOST:PORT") from None
         self.address, self.limit = address, limit
         self.room = 0  # requests that may be sent on before looking again
 
@@ -139,16 +188,16 @@ class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
         self.height, self.width, _ = (int(d) for d in config["output"][0]["dims"])
-        self.max_pixels = int(config["parameters"]["max_image_pixels"]["string_value"])
-        self.fast_jpeg = config["parameters"]["fast_jpeg"]["string_value"] == "true"
+        parameter = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self.room = Room(int(parameter["max_image_pixels"]))
+        self.max_bytes = int(parameter["max_request_bytes"])
+        self.fast_jpeg = parameter["fast_jpeg"] == "true"
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which only warns up to twice of it
         # Pillow's, about files: there can be 65,000 about one, each kept and written to the log.
         warnings.simplefilter("ignore")
         metrics = os.environ.get("VIT_METRICS", "localhost:8002")
         self.backlog = Backlog(metrics, config["max_batch_size"])
-        # As many as the network's: in a container with a CPU limit it is less than the cores.
-        threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
-        self.pool = ThreadPoolExecutor(int(threads))
+        self.pool = ThreadPoolExecutor(threads())
         self.pulse = Pulse()
 
     def execute(self, requests):
@@ -166,7 +215,9 @@ class TritonPythonModel:
         # Returned, not raised: an exception that a future keeps holds the whole batch, in a cycle,
         # until the garbage collector happens to run.
         try:
-            return decode(data, self.height, self.width, self.max_pixels, self.fast_jpeg)
+            if len(data) > self.max_bytes:
+                raise BadImage(f"{len(data)} bytes are over the limit of {self.max_bytes}")
+            return decode(data, self.height, self.width, self.room, self.fast_jpeg)
         except BadImage as e:
             return str(e)
 
@@ -187,6 +238,20 @@ class TritonPythonModel:
 
     def finalize(self):
         self.pool.shutdown()
+
+
+def threads():
+    """As many as the network's, by OpenMP's rules: in a container with a CPU limit they are fewer
+    than the cores. Of a list the first number counts; the others are for nested threads."""
+    text = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not text:
+        return len(os.sched_getaffinity(0))
+    counts = [count.strip() for count in text.split(",")]
+    if not all(count.isdecimal() and int(count) > 0 for count in counts):
+        raise pb_utils.TritonModelException(
+            f"OMP_NUM_THREADS={text} is neither a number of threads nor a list of such"
+        )
+    return int(counts[0])
 
 
 def shorten(lines):

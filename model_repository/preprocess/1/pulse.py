@@ -7,20 +7,25 @@ was held up ends instead of answering, and that is noticed.
 """
 
 import os
+import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 HELD_UP = 0.7  # seconds: Triton looks once a second, and its own sign of life comes every 0.3
+SIGN = 0.3
 # Between two looks all cores may use their time, which then hides as much of a stop.
 BEAT = min(0.1, 0.2 / len(os.sched_getaffinity(0)))
+SLEEPS = re.compile(r"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
 class Pulse:
     """`begun = now()` before the work on requests, and `check(begun)` before an answer goes out."""
 
     def __init__(self):
-        self.last, self.used = now(), time.process_time()
+        self.signs = Signs()
+        self.last = now(), time.process_time(), 0
         self.held_up = 0.0
         threading.Thread(target=self.run, daemon=True).start()
 
@@ -30,18 +35,68 @@ class Pulse:
             self.beat()
 
     def beat(self):
-        time_now, used = now(), time.process_time()
-        # While it used a CPU it was not held up: one thread may keep Python's lock from the others
-        # for seconds, over a file of 500 MB, and Triton's own sign of life does not need that lock.
-        if time_now - self.last - (used - self.used) > HELD_UP:
-            self.held_up = time_now
-        self.last, self.used = time_now, used
+        this = now(), time.process_time(), self.signs.count()
+        silent, used, signs = (
+            after - before for after, before in zip(this, self.last, strict=True)
+        )
+        # This thread may just have waited for Python's lock, which another one can keep for
+        # seconds, over a file of 500 MB, at work or waiting for a core. Triton's sign of life needs
+        # no lock: where it has come meanwhile, or a CPU was used, the process was not held up.
+        if silent - max(used, signs * SIGN) > HELD_UP:
+            self.held_up = this[0]
+        self.last = this
 
     def check(self, begun):
         self.beat()  # the thread may not have come to see it yet
         # The request may have waited for longer than it was worked on.
         if self.held_up > begun - 1:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Signs:
+    """Counts Triton's signs of life: a thread of its own that sleeps for 0.3 s, again and again.
+
+    Nothing names that thread, so it is told by its rhythm, in the first seconds. Until then no sign
+    is counted.
+    """
+
+    WATCHED = 3  # seconds, in which it goes to sleep 9 or 10 times
+
+    def __init__(self):
+        self.thread, self.since = None, 0
+        self.begun, self.first = now(), self.sleeps()
+
+    def count(self):
+        if self.thread is None:
+            self.look()
+            return 0
+        return sleeps(self.thread) - self.since
+
+    def look(self):
+        seconds = now() - self.begun
+        if seconds < self.WATCHED:
+            return
+        counts = self.sleeps()
+        gone = {thread: count - self.first.get(thread, count) for thread, count in counts.items()}
+        found = [t for t, n in gone.items() if 0.8 * seconds / SIGN < n < seconds / SIGN + 1]
+        if len(found) == 1:
+            self.thread, self.since = found[0], counts[found[0]]
+        self.begun, self.first = now(), counts
+
+    @staticmethod
+    def sleeps():
+        """Of each thread that is not Python's."""
+        ours = {str(thread.native_id) for thread in threading.enumerate()}
+        names = {task.name for task in Path("/proc/self/task").iterdir()}
+        return {name: sleeps(name) for name in names - ours}
+
+
+def sleeps(thread):
+    """How often it has gone to sleep, by itself; 0 where it has ended."""
+    try:
+        return int(SLEEPS.search(Path(f"/proc/self/task/{thread}/status").read_text())[1])
+    except OSError:
+        return 0
 
 
 def now():

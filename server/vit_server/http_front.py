@@ -1,0 +1,215 @@
+"""The HTTP that callers see: whole requests of a bounded size, passed on to tritonserver.
+
+Triton's own HTTP does not survive what anybody may send it, at any path, the metrics' too:
+
+- A form, which is what curl says of a body unless told, is parsed on a thread's stack, in twice its
+  size: 4 MiB end the process (triton-inference-server/server#5840, libevhtp's evhtp_parse_query).
+- So do some 500,000 chunks of a byte (before Triton 25.09).
+- So does JSON that is nested 100,000 deep (before Triton 25.09).
+- Nothing bounds what is taken into memory, or what gzip makes of a few bytes, before Triton 26.
+- An idle keep-alive connection holds up its end.
+
+So tritonserver listens on loopback, and this listens to others. Health has no body and is answered
+however much is under way.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
+
+import numpy as np
+from aiohttp import (
+    ClientConnectionError,
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    TCPConnector,
+    web,
+)
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+MAX_REQUEST_BYTES = 64 << 20
+BODIES = 8  # of the largest size, that may be in memory at once
+BODY_SECONDS = 60  # for a body to arrive
+MAX_NESTING = 100  # of JSON, as in newer Tritons
+_STEPS = np.zeros(256, np.int32)  # into and out of JSON's arrays and objects
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+# Of one connection, not of the message; a body is passed on whole, so its length is known.
+_HOP_BY_HOP = (
+    *("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "TE", "Trailer"),
+    *("Transfer-Encoding", "Upgrade", "Expect", "Content-Length"),
+)
+_silent = logging.getLogger(__name__)  # of requests that are not HTTP aiohttp logs a stack trace
+_silent.setLevel(logging.CRITICAL + 1)
+_FORM = "application/x-www-form-urlencoded"
+
+
+class HttpFront:
+    """Passes requests on from sockets that listen to ports of loopback, in a thread of its own.
+
+    Args:
+        routes: a port for each socket.
+        max_request_bytes: of a body, uncompressed.
+    """
+
+    def __init__(self, routes: Mapping[socket.socket, int], max_request_bytes: int) -> None:
+        self._routes = routes
+        self._max = max_request_bytes
+        self._held = 0  # bytes of bodies that are in memory
+        self._session: ClientSession
+        self._loop = asyncio.new_event_loop()
+        self._stopped = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="http-front", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopped.set)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self.serve(self._stopped))
+
+    async def serve(self, stopped: asyncio.Event) -> None:
+        """Until `stopped` is set."""
+        self._session = ClientSession(
+            # A connection for each request: Triton does not end before its idle ones do.
+            connector=TCPConnector(limit=0, force_close=True),
+            timeout=ClientTimeout(total=None),
+            auto_decompress=False,
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        )
+        runners = [await self._start(listening, port) for listening, port in self._routes.items()]
+        try:
+            await stopped.wait()
+        finally:
+            for runner in runners:
+                await runner.cleanup()
+            await self._session.close()
+
+    async def _start(self, listening: socket.socket, port: int) -> web.AppRunner:
+        app = web.Application()
+        app.router.add_route(
+            "*", "/{path:.*}", partial(self._handle, port), expect_handler=self._expect
+        )
+        # Requests that are still under way are of a tritonserver that has ended.
+        runner = web.AppRunner(app, access_log=None, logger=_silent, shutdown_timeout=1)
+        await runner.setup()
+        await web.SockSite(runner, listening).start()
+        return runner
+
+    async def _expect(self, request: web.Request) -> web.StreamResponse | None:
+        """Answer `Expect: 100-continue`, which curl sends before a large body."""
+        if (request.content_length or 0) > self._max:
+            return self._too_large()
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # so aiohttp does not count it as the answer
+        return None
+
+    async def _handle(self, port: int, request: web.Request) -> web.StreamResponse:
+        if (request.content_length or 0) > self._max:
+            return self._too_large()
+        body: list[bytes] = []
+        try:
+            refusal = await asyncio.wait_for(self._receive(request, body), BODY_SECONDS)
+            if refusal:
+                return refusal
+            if nesting(b"".join(body), request.headers) > MAX_NESTING:
+                return _error(400, f"JSON that is nested more than {MAX_NESTING} deep")
+            return await self._pass_on(port, request, body)
+        except web.RequestPayloadError as e:
+            return _error(400, f"the body cannot be read: {e}")
+        except asyncio.TimeoutError:
+            return _error(408, f"the body did not arrive within {BODY_SECONDS} s")
+        finally:
+            self._held -= _size(body)
+
+    async def _receive(self, request: web.Request, body: list[bytes]) -> web.StreamResponse | None:
+        """Fill `body`, uncompressed; what to answer instead where it is too much."""
+        size = 0
+        async for part in request.content.iter_any():
+            body.append(part)
+            size += len(part)
+            self._held += len(part)
+            if size > self._max:
+                return self._too_large()
+            if self._held > BODIES * self._max:
+                return _error(503, "too many large requests are in flight: try again later")
+        return None
+
+    async def _pass_on(
+        self, port: int, request: web.Request, body: list[bytes]
+    ) -> web.StreamResponse:
+        headers = _passing(request.headers)
+        if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
+            del headers["Content-Encoding"]  # aiohttp has undone it
+        if request.content_type == _FORM:
+            headers["Content-Type"] = "application/octet-stream"
+        # Triton 2.51 sends a body with the answer to HEAD, too.
+        method = "GET" if request.method == "HEAD" else request.method
+        url = URL(f"http://127.0.0.1:{port}{request.raw_path}", encoded=True)
+        if request.body_exists:
+            headers["Content-Length"] = str(_size(body))
+        data = _pieces(body) if body else None
+        try:
+            async with self._session.request(
+                method, url, headers=headers, data=data, allow_redirects=False
+            ) as answer:
+                content = await answer.read()
+        except ClientConnectionError:
+            return _error(503, "tritonserver does not answer: it is starting, or stopping")
+        except ClientError as e:
+            return _error(502, f"tritonserver's answer cannot be read: {e}")
+        headers = _passing(answer.headers)
+        headers["Server"] = "vit-server"
+        return web.Response(body=content, status=answer.status, headers=headers)
+
+    def _too_large(self) -> web.StreamResponse:
+        return _error(413, f"a request may have {self._max} bytes, uncompressed")
+
+
+def nesting(body: bytes, headers: CIMultiDictProxy[str]) -> int:
+    """How deep the JSON of a request is nested, up to a header's word for where it ends."""
+    ends = headers.getall("Inference-Header-Content-Length", [])
+    if len(ends) == 1 and ends[0].isdecimal():
+        body = body[: int(ends[0])]
+    body = body.replace(b"\\\\", b"").replace(
+        b'\\"', b""
+    )  # then each quote begins or ends a string
+    deepest = depth = quotes = 0
+    for start in range(0, len(body), 1 << 20):
+        part = np.frombuffer(body[start : start + (1 << 20)], np.uint8)
+        before = quotes + np.cumsum(part == ord('"'))
+        levels = depth + np.cumsum(_STEPS[part] * (before % 2 == 0))
+        deepest = max(deepest, int(levels.max()))
+        depth, quotes = int(levels[-1]), int(before[-1])
+    return deepest
+
+
+async def _pieces(body: list[bytes]) -> AsyncIterator[bytes]:
+    for part in body:
+        yield part
+
+
+def _size(body: list[bytes]) -> int:
+    return sum(map(len, body))
+
+
+def _passing(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    kept = CIMultiDict(headers)
+    for name in _HOP_BY_HOP:
+        kept.popall(name, None)
+    return kept
+
+
+def _error(status: int, reason: str) -> web.StreamResponse:
+    """As Triton's own errors look. The connection ends: the rest of a body may still be coming."""
+    response = web.json_response({"error": reason}, status=status, dumps=json.dumps)
+    response.force_close()
+    return response
