@@ -35,8 +35,8 @@ import numpy.typing as npt
 
 from ._async import AsyncClient
 from ._bridge import Bridge
-from ._channel import ChannelOptions
 from ._progress import Progress
+from ._settings import ChannelOptions
 from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
 
 '''

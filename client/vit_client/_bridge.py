@@ -12,8 +12,8 @@ from concurrent.futures import CancelledError, wait
 from typing import Any
 
 from ._async import AsyncClient
-from ._channel import check_threads
 from ._connection import forked
+from ._settings import check_threads
 from .errors import ClientClosed
 from .types import Item, OnError
 

@@ -15,8 +15,9 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from . import _wire
-from ._channel import Settings
+from ._channel import open_channel
 from ._retry import RetryBudget, backoff
+from ._settings import Settings
 from .errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -83,7 +84,7 @@ class Connection:
                 "this AsyncClient belongs to another event loop: make one for each asyncio.run()"
             )
         if self._current is None:
-            channel = self.settings.open()
+            channel = open_channel(self.settings)
             stub = GRPCInferenceServiceStub(channel)
             self._current = _Open(channel, stub, time.monotonic())
             self._loop, self._pid = loop, os.getpid()

@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 from . import _wire
-from ._channel import Settings
 from ._connection import Connection
 from ._images import ENCODED, Refused, Unusable, encode, name_of, too_large
 from ._loading import Loaded, Reading
+from ._settings import Settings
 from ._source import chunks
 from .errors import BadImage, InvalidRequest, ServerError, is_too_large
 from .types import Item

@@ -16,7 +16,7 @@ _PER_SUCCESS = 0.1
 def backoff(attempt: int) -> float:
     """Seconds to wait after failed attempt number `attempt`, from 0. Doubles, with full jitter,
     so that clients which failed together do not come back together."""
-    return random.uniform(0, min(_MAX_DELAY, _FIRST_DELAY * 2**attempt))
+    return random.uniform(0, min(_MAX_DELAY, _FIRST_DELAY * 2 ** min(attempt, 20)))
 
 
 class RetryBudget:

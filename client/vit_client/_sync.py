@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from ._async import AsyncClient
 from ._bridge import Bridge
-from ._channel import ChannelOptions
 from ._progress import Progress
+from ._settings import ChannelOptions
 from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
 
 
@@ -45,6 +45,7 @@ class Client:
         self,
         url: str | None = None,
         *,
+        authority: str | None = None,
         timeout: float | None = None,
         retries: int | None = None,
         concurrency: int | None = None,
@@ -65,6 +66,10 @@ class Client:
             url: Where the server listens for gRPC: "host:port", "grpcs://host:port" for TLS,
                 or any gRPC name such as "dns:///vit.example:8001". The requests go in turn to
                 all addresses that a name resolves to. [VIT_URL, default localhost:8001]
+            authority: The name of the server that is meant, "host" or "host:port", where the
+                address is that of a gateway for many, as in KServe: gRPC's :authority header.
+                With TLS it is also the name that the certificate must have, instead of the
+                address's. [VIT_AUTHORITY, default the address's own name]
             timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
             retries: How often a request is tried again when the server is overloaded or
                 unavailable. Those for overload are limited, over all requests, to a tenth of
@@ -74,8 +79,8 @@ class Client:
             concurrency: Requests in flight at once, over all calls of this client.
                 [VIT_CONCURRENCY, default 16]
             token: Sent as "authorization: Bearer …". [VIT_TOKEN]
-            headers: Sent as gRPC metadata with each request.
-                [VIT_HEADERS, as "name: value, name: value"]
+            headers: Sent as gRPC metadata with each request. [VIT_HEADERS, as "name: value, name:
+                value", or one a line, where a value may have commas]
             tls: Whether to use TLS. [VIT_TLS, 0 or 1; default: if the address or a file below
                 asks for it]
             ca_file: PEM file with the certificates to trust. [VIT_CA_FILE, default gRPC's own]
@@ -90,6 +95,7 @@ class Client:
         self._bridge = Bridge(
             AsyncClient(
                 url,
+                authority=authority,
                 timeout=timeout,
                 retries=retries,
                 concurrency=concurrency,

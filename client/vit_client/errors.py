@@ -270,6 +270,8 @@ def from_grpc(
         kind = Overloaded
     elif "larger than max" in lower:  # a message, also RESOURCE_EXHAUSTED
         kind = InvalidRequest
+    elif "the target uri is not valid" in lower:
+        kind = ConfigurationError
     elif any(text in lower for text in (_NOT_LOADED, _MODEL_DIED, *_NEIGHBOUR_TEXTS)):
         kind = Unavailable
     elif "request for unknown model" in lower:
@@ -320,6 +322,8 @@ def _message(
         return f"the server at {url} does not serve the vit models ({details or code.name})"
     if kind is AccessDenied:
         return f"the server at {url} {_denied_hint(details)} ({details or code.name})"
+    if kind is ConfigurationError:
+        return f"{url!r} is not an address that gRPC takes ({details})"
     if kind is InvalidRequest:
         return f"the server refused the request ({details})"
     return f"the server failed ({code.name}: {details})"

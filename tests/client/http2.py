@@ -23,6 +23,7 @@ class Peer:
 
     url: str = ""
     calls: int = 0  # that were answered here
+    headers: bytes = b""  # of the last, as they came; gRPC writes new ones in plain
     # What to do with the first call of a connection, one for each; then connections are passed on.
     plan: list[Callable[[socket.socket, int], None]] = field(default_factory=list)
 
@@ -77,6 +78,7 @@ def _speak(
             connection.sendall(frame(kind, ACK, 0, payload if kind == PING else b""))
         elif kind == HEADERS:
             peer.calls += 1
+            peer.headers = payload
             answer(connection, stream)
 
 

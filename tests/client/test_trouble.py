@@ -176,7 +176,7 @@ def test_the_budget_is_a_tenth_of_the_successes_and_one_a_second(
 
 
 def test_backoff_grows_and_has_jitter() -> None:
-    for attempt, most in [(0, 0.25), (1, 0.5), (2, 1), (10, 5)]:
+    for attempt, most in [(0, 0.25), (1, 0.5), (2, 1), (10, 5), (10_000, 5)]:
         pauses = [backoff(attempt) for _ in range(200)]
         assert 0 <= min(pauses) < most / 4
         assert most * 3 / 4 < max(pauses) <= most
