@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO, cast
 
-from ..errors import BadImage, ConfigurationError, DeadlineExceeded, VitClientError
+from ..errors import BadImage, ConfigurationError, DeadlineExceeded, VitClientError, shortened
 from . import _interrupt, _streams
 from ._common import (
     IMAGES_FAILED,
@@ -20,7 +20,6 @@ from ._common import (
     CannotWrite,
     NothingLeft,
     reason,
-    shortened,
 )
 from ._parser import parse
 from ._report import error

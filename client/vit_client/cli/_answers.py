@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from ..errors import shortened
 from . import _show
-from ._common import IMAGES_FAILED, OK, connect, progress, shortened, warn_if_untrained
+from ._common import IMAGES_FAILED, OK, connect, progress, warn_if_untrained
 from ._inputs import Images, expand
 from ._report import error
 

@@ -14,9 +14,6 @@ from ._report import warning
 # Exit codes; main maps errors to the others.
 OK, IMAGES_FAILED, USAGE, NO_ANSWER, REFUSED, UNWRITABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
-# Names in messages are no longer than this.
-_LONGEST = 200
-
 
 class CannotWrite(Exception):
     """The output cannot be written: a full disk, no permission."""
@@ -37,15 +34,6 @@ class NothingLeft(Exception):
 def reason(error: OSError) -> str:
     """What went wrong, without the name of the file that it went wrong with."""
     return os.strerror(error.errno).lower() if error.errno else str(error)
-
-
-def shortened(name: object, longest: int = _LONGEST) -> str:
-    """A name, or a text with names, for a message: on one line, and cut out of the middle where it
-    is long."""
-    text = str(name)
-    if len(text) > longest:
-        text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def escaped(name: str) -> str:

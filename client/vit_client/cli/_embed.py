@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._sync import Client
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, shortened
 from ..types import Model
 from . import _tables
 from ._common import (
@@ -18,7 +18,6 @@ from ._common import (
     connect,
     escaped,
     progress,
-    shortened,
     warn_if_untrained,
 )
 from ._inputs import STDIN, Images, expand

@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .._images import encode
-from ..errors import ConfigurationError
-from ._common import IMAGES_FAILED, OK, connect, escaped, shortened
+from ..errors import ConfigurationError, shortened
+from ._common import IMAGES_FAILED, OK, connect, escaped
 from ._embed import describe
-from ._inputs import STDIN, expand, read_stdin
+from ._inputs import STDIN, Source, expand
 from ._report import error
 from ._tables import add_array, check_place, replacing, write_safetensors
 
@@ -43,8 +42,10 @@ def features_to_file(options: Namespace) -> int:
         _check_picture(Path(options.picture), names[0])
     with connect(options) as client:
         model = client.model()
-        image = _Kept(names[0])
-        neck = client.features(cast("BinaryIO", image))["neck"]
+        # A pipe can be read only once, and the picture is to show what was sent.
+        source = Source(names[0])
+        there = names[0] == STDIN or os.path.exists(names[0])  # noqa: PTH110
+        neck = client.features(cast("BinaryIO", source) if there else names[0])["neck"]
     if output is not None:
         metadata = {"image": escaped(names[0]), "model": describe(model)}
         with replacing(output) as temporary:
@@ -52,30 +53,13 @@ def features_to_file(options: Namespace) -> int:
         print(f"{output}: neck {' × '.join(map(str, neck.shape))} float32")
     if options.picture:
         try:
-            photo = _decoded(image.data)
+            photo = _decoded(source.data)
         except Exception as failure:  # Pillow raises nearly anything
             error(f"{shortened(names[0])}: no picture, for Pillow cannot read it here ({failure})")
             return IMAGES_FAILED
         picture(photo, neck, Path(options.picture))
         print(f"{options.picture}: the image, and its first three principal components")
     return IMAGES_FAILED if told else OK
-
-
-class _Kept:
-    """An image file that keeps what was read: a pipe can be read once only, and a picture is to
-    show what the server was sent."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.data = b""
-
-    def read(self) -> bytes:
-        """All of it."""
-        if self.name == STDIN:
-            self.data = read_stdin("an image")
-        else:
-            self.data = encode(self.name, (1, 1))  # a file passes unchanged, whatever the size
-        return self.data
 
 
 def _decoded(data: bytes) -> Image.Image:

@@ -8,16 +8,19 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO, cast
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, shortened
 from ..types import ImageLike
-from ._common import IMAGES_FAILED, USAGE, NothingLeft, reason, shortened
+from ._common import IMAGES_FAILED, USAGE, NothingLeft, reason
 from ._folders import images_below, what_was_skipped
 from ._report import error, note
 
 STDIN = "-"
 
+# Never a pattern, whatever is in it: the client tells what to do instead.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
@@ -41,8 +44,7 @@ def expand(options: Namespace) -> tuple[list[str], bool]:
     asked = _Asked()
     for argument in options.images:
         asked.add(argument, options.exclude)
-    for name in listed:
-        asked.add_file(name)
+    asked.names.update(dict.fromkeys(listed))
     if not asked.names:
         raise NothingLeft(IMAGES_FAILED if asked.unreadable else USAGE)
     return list(asked.names), asked.unreadable or asked.mistaken
@@ -58,16 +60,10 @@ class _Asked:
         exists = os.path.lexists(argument)  # Path's own way raises for a name that is too long
         if os.path.isdir(argument):  # noqa: PTH112
             self._add_folder(argument, exclude)
-        elif glob.has_magic(argument) and not exists and not not_a_file(argument):
+        elif glob.has_magic(argument) and not exists and not _URL.match(argument):
             self._add_matches(argument)
         else:
-            self.add_file(argument)
-
-    def add_file(self, name: str) -> None:
-        if why := not_a_file(name):
-            self._tell_mistake(name, why)
-        else:
-            self.names[name] = None
+            self.names[argument] = None
 
     def _add_folder(self, folder: str, exclude: Sequence[str]) -> None:
         found = images_below(folder, exclude)
@@ -94,18 +90,6 @@ class _Asked:
         self.mistaken = True
 
 
-def not_a_file(name: str) -> str:
-    """Why `name` cannot be that of a file; "" where it can."""
-    if not _URL.match(name) or os.path.lexists(name):
-        return ""
-    scheme = name.partition(":")[0].lower()
-    if scheme == "data":
-        return "data: URIs are not read: decode it, and give the file"
-    if scheme == "file":
-        return "URLs are not read: give the path alone"
-    return "URLs are not fetched: download it first"
-
-
 def _goes_in_circles(path: str) -> bool:
     """Whether a link on the way leads back to a folder on the way: `**` follows it 40 times."""
     real = [os.path.realpath(folder) for folder in Path(path).parents]
@@ -115,7 +99,7 @@ def _goes_in_circles(path: str) -> bool:
 def _listed(file: str, *, null: bool) -> list[str]:
     """The names in `file`, one a line or ended by NUL."""
     try:
-        data = read_stdin("a list of names") if file == STDIN else Path(file).read_bytes()
+        data = _stdin("a list of names").read() if file == STDIN else Path(file).read_bytes()
     except OSError as failure:
         raise ConfigurationError(f"{shortened(file)}: {reason(failure)}") from None
     if not null and b"\0" in data:
@@ -133,16 +117,45 @@ def _listed(file: str, *, null: bool) -> list[str]:
 
 def image(name: str) -> ImageLike:
     """What to give to the client for a name from `expand`."""
-    return read_stdin("an image") if name == STDIN else name
+    return cast("BinaryIO", Source(name)) if name == STDIN else name
 
 
-def read_stdin(what: str) -> bytes:
-    """All of standard input."""
+class Source:
+    """Standard input or a file, for the client to read, that keeps what was read."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._file: FileIO | None = None
+        self._parts: list[bytes] = []
+
+    @property
+    def data(self) -> bytes:
+        """What was read so far."""
+        return b"".join(self._parts)
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to `size` bytes. Opens the file, which may take for ever where that is a pipe."""
+        try:
+            if self._file is None:
+                self._file = _stdin("an image") if self.name == STDIN else FileIO(self.name)
+            part: bytes = self._file.read(size)
+        except OSError as failure:
+            raise OSError(reason(failure)) from None  # without the name
+        if not part:
+            self._file.close()
+        self._parts.append(part)
+        return part
+
+    def tell(self) -> int:
+        """As if nothing had been read: there is no way back."""
+        return 0
+
+
+def _stdin(what: str) -> FileIO:
+    """Not sys.stdin's buffer: Python cannot end while a thread waits in there."""
     if sys.stdin.isatty():
         raise ConfigurationError(f"'-' reads {what} from standard input, which is a terminal")
-    # Not by its buffer: Python cannot end while a thread waits in there.
-    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as file:
-        return file.read()
+    return FileIO(sys.stdin.fileno(), closefd=False)
 
 
 class Images(Iterable[ImageLike]):

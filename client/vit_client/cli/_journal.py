@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError
-from ._common import CannotWrite, shortened
+from ..errors import ConfigurationError, shortened
+from ._common import CannotWrite
 
 Array = npt.NDArray[np.float32]
 

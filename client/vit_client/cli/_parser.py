@@ -10,8 +10,8 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..errors import shortened
 from ._answers import answer
-from ._common import shortened
 from ._embed import embed_to_file
 from ._features import features_to_file
 from ._health import health

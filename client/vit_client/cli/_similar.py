@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, shortened
 from . import _tables
-from ._common import OK, connect, escaped, shortened
+from ._common import OK, connect, escaped
 from ._embed import describe
-from ._inputs import image, not_a_file
+from ._inputs import image
 from ._report import warning
 from ._show import print_json
 
@@ -21,8 +21,6 @@ Array = npt.NDArray[np.float32]
 
 def similar(options: Namespace) -> int:
     """Print the best matches, best first; returns the exit code."""
-    if why := not_a_file(options.query):
-        raise ConfigurationError(f"{shortened(options.query)}: {why}")
     images, embeddings, model = _tables.read(Path(options.to))
     with connect(options) as client:
         query = client.embed(image(options.query))

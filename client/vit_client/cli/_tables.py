@@ -16,8 +16,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError
-from ._common import CannotWrite, reason, shortened
+from ..errors import ConfigurationError, shortened
+from ._common import CannotWrite, reason
 
 Array = npt.NDArray[np.float32]
 
