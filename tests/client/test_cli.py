@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from vit_client.cli import _told
 
 from .conftest import encoded
 
@@ -145,6 +146,38 @@ def test_a_full_disk_under_standard_output(url: str, folder: Path, form: str) ->
     assert skipped == f"vit-client: skipped in {folder}: 1 .txt"
     assert said == "vit-client: standard output cannot be written (no space left on device)"
     assert ran.returncode == 5
+
+
+def test_help_on_a_full_disk(url: str) -> None:
+    ran = in_shell(url, "--help > /dev/full")
+    assert ran.stderr == "vit-client: standard output cannot be written (no space left on device)\n"
+    assert ran.returncode == 5
+
+
+def test_messages_that_nobody_can_have(url: str, folder: Path) -> None:
+    ran = in_shell(url, f"classify {folder}/no.png {folder}/a.png --json 2> /dev/full")
+    assert json.loads(ran.stdout)["image"] == str(folder / "a.png")
+    assert ran.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (OSError("cannot identify image file"), "cannot identify image file"),
+        (OSError(24, "Too many open files"), "too many open files"),
+        (BrokenPipeError(32, "Broken pipe"), "broken pipe"),
+        (OSError(5, "Input/output error", "x" * 1000), f"{'x' * 100}…{'x' * 100}: input/output"),
+    ],
+    ids=["Pillow's", "no name", "a pipe", "long name"],
+)
+def test_only_errors_of_standard_output_are_called_so(
+    failure: OSError, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise failure
+
+    assert _told(fail) == 2
+    assert capsys.readouterr().err.startswith(f"vit-client: {said}")
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])

@@ -184,6 +184,31 @@ def test_a_folder_that_cannot_be_written_to(url: str, photos: Path, arguments: l
     assert ran.returncode == 5
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["embed", "-o", "x.npz"], ["features", "-o", "x.npz"], ["features", "--picture", "x.png"]],
+)
+def test_a_folder_of_somebody_else(photos: Path, tmp_path: Path, arguments: list[str]) -> None:
+    """Is told before the work. As a user other than root, who may write anywhere."""
+    verb, option, name = arguments
+    for folder in (photos, *list(photos.parents)[:3]):
+        folder.chmod(0o755)
+    as_nobody = (
+        "import os, sys; from vit_client.cli import main\n"
+        "os.chdir('/'); os.setuid(65534) if os.getuid() == 0 else os.chmod(sys.argv[1], 0o555)\n"
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", as_nobody, tmp_path, verb, photos / "00.png", option,
+         tmp_path / name, "--url", "localhost:1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert ran.stderr == f"vit-client: {tmp_path / name} cannot be written (permission denied)\n"
+    assert ran.returncode == 5
+
+
 def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -> None:
     """Ctrl-C while it waits for an image that does not come, then the same command again."""
     output = tmp_path / "out.npz"

@@ -29,13 +29,15 @@ Ask a Triton server what is in images.
 """
 
 _IMAGES = """\
-An IMAGE is a file, a folder (with all its subfolders and those that links lead to), a quoted
-pattern such as 'img/**/*.jpg', or - for one image on standard input. From a folder come the files
-with an image's suffix, but no hidden ones, and nothing from @eaDir, #recycle and other such
-litter. After -- everything is an IMAGE: a file called -o.jpg is ./-o.jpg, or -- -o.jpg.
+An IMAGE is a file, a folder, a quoted pattern such as 'img/**/*.jpg', or - for one image on
+standard input. After -- all are IMAGEs, also -o.jpg (or write ./-o.jpg).
 
-For more names than fit on a line, `find photos -name '*.jpg' -print0 | vit-client embed
---files-from - -0 -o photos.npz`. These names are files, as they are: no folders, no patterns.
+From a folder come all files below it with an image's suffix (.jpg, .png, …), links included; not
+hidden ones, nor those in @eaDir, #recycle and other such litter. One line tells what was skipped.
+
+For more names than a command line holds, which xargs would cut up:
+  find photos -name '*.jpg' -print0 | vit-client embed --files-from - -0 -o photos.npz
+Each of these names is a file, as it is: not a folder, nor a pattern.
 """
 
 _ENVIRONMENT = """\
@@ -45,8 +47,9 @@ VIT_TOKEN, VIT_HEADERS ("name: value, …"), VIT_TLS, VIT_CA_FILE, VIT_CERT_FILE
 
 _EXIT_CODES = """\
 Exit codes: 0 all answered, 1 some images could not be used (the others were answered), 2 wrong
-usage, 3 no server, no answer in time or overloaded (later may work), 4 the server refused or
-failed, 5 the output cannot be written (a full disk, no permission), 130 interrupted.
+usage (also an output with other images in it), 3 no server, no answer in time or overloaded (later
+may work), 4 the server refused or failed, 5 the output cannot be written (a full disk, no
+permission), 130 interrupted (a second Ctrl-C ends it at once).
 """
 
 
@@ -139,12 +142,14 @@ def _embed(verbs: Any) -> None:
         help="write a .npz, .safetensors or .parquet file; interrupted, the same command goes on",
     )
     verb.add_argument(
-        "--overwrite", action="store_true", help="replace FILE even if other images are in it"
+        "--overwrite", action="store_true", help="replace FILE even if it has other images"
     )
 
 
 def _features(verbs: Any) -> None:
-    verb = _verb(verbs, "features", "a vector for each patch of an image", _features_anywhere, "")
+    verb = _verb(
+        verbs, "features", "a vector for each patch of an image", _features_anywhere, _IMAGES
+    )
     _takes_images(verb)
     _prints(verb, csv=False)
     verb.add_argument(
@@ -200,17 +205,19 @@ def _positive(text: str) -> int:
 def _takes_images(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("images", nargs="*", metavar="IMAGE", help="file, folder, pattern or -")
     verb.add_argument(
-        "--files-from", metavar="FILE", help="take more names from FILE, one a line; - is stdin"
+        "--files-from",
+        metavar="FILE",
+        help="take names of images from FILE, one a line (- for standard input)",
     )
     verb.add_argument(
-        "-0", "--null", action="store_true", help="those names end with NUL, as of find -print0"
+        "-0", "--null", action="store_true", help="these names end with NUL, as from find -print0"
     )
     verb.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave out what has such a name, or path, below a folder; may be repeated",
+        help="from a folder: leave out files and folders of such a name or path; may be repeated",
     )
 
 
