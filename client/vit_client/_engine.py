@@ -70,7 +70,7 @@ class Engine:
         """
         begun = time.monotonic()
         model = await self.connection.model(timeout)
-        most = model.max_request_bytes - _FRAME_BYTES
+        most = max(1, model.max_request_bytes - _FRAME_BYTES)
         load = partial(encode, size=model.image_size, most=most)
         results: dict[int, Any] = {}
         hanging: list[tuple[Reading, int, float]] = []

@@ -207,9 +207,9 @@ def _checked(file: Any, part: Any) -> bytes:
         raise Unusable(f"the read() of {type(file).__name__} is async: pass await file.read()")
     if part is None:
         raise Unusable("is open without blocking, and has no data yet: pass the bytes")
-    if not isinstance(part, bytes):
+    if not isinstance(part, ENCODED):
         raise Unusable('is open as text; open it with "rb"')
-    return part
+    return bytes(part)
 
 
 def _as_numpy(array: Any) -> np.ndarray[Any, Any]:

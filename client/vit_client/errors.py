@@ -156,7 +156,8 @@ class ModelNotServed(VitClientError):
 
 
 class Overloaded(VitClientError):
-    """The server's queue is full, or the request waited in it for too long. Send less, or later."""
+    """The server's queue is full, or the request waited in it for too long; or a proxy before it
+    takes no more. Send less, or later."""
 
     retryable = True
 
@@ -238,7 +239,7 @@ _BY_HTTP_STATUS: dict[int, tuple[type[VitClientError], str]] = {
     431: (InvalidRequest, "allows no headers, or token, as long as these"),
     500: (ServerError, "failed"),
     502: _NO_BACKEND,
-    503: (Unavailable, "has no server to pass this on to, or too much to do"),
+    503: (Overloaded, "has too much to do, or no server to pass this on to"),  # it may be either
     504: (Unavailable, "had no answer from the server in time"),
     511: _NO_LOGIN,
     # Cloudflare's

@@ -141,7 +141,12 @@ def test_files_that_give_little_at_once() -> None:
         def read(self) -> bytes:
             return PHOTO
 
+    class Views(io.BytesIO):
+        def read(self, size: int | None = -1) -> Any:
+            return memoryview(super().read(size))
+
     assert encode(Slow(), SIZE) == PHOTO
+    assert encode(Views(PHOTO), SIZE) == PHOTO
     assert encode(NoSize(), SIZE) == PHOTO  # type: ignore[arg-type]
 
 

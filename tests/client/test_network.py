@@ -138,7 +138,7 @@ def test_a_server_that_begins_nothing_is_given_up(url: str) -> None:
         (500, ServerError, "failed"),
         (501, ServerError, "failed"),
         (502, Unavailable, "does not reach the server"),
-        (503, Unavailable, "has no server to pass this on to"),
+        (503, Overloaded, "has too much to do, or no server"),
         (504, Unavailable, "no answer from the server in time"),
         (520, Unavailable, "does not reach the server"),
         (524, Unavailable, "no answer from the server in time"),
