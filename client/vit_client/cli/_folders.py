@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -39,6 +40,8 @@ _LITTER = frozenset(
         *("__macosx", "lost+found"),
     )
 )
+_Identity = tuple[int, int]
+
 # So many suffixes of skipped files are told apart.
 _TOLD = 6
 
@@ -72,7 +75,7 @@ class _Walk:
         self._exclude = [pattern.rstrip("/") for pattern in exclude]
         self._found = Found()
         self._folders = [""]  # yet to be looked through; these and all paths are from the root
-        self._links: list[str] = []  # to folders
+        self._links: list[tuple[str, _Identity]] = []  # to folders, yet to be followed
         self._seen = set(_own_and_parents(folder))
 
     def run(self) -> Found:
@@ -82,7 +85,7 @@ class _Walk:
             # Only now, so that a folder goes by its own name rather than a link's.
             self._links.sort(reverse=True)
             if self._links:
-                self._enter(self._links.pop())
+                self._enter(*self._links.pop())
         self._found.images.sort()
         self._found.unreadable.sort()
         return self._found
@@ -90,10 +93,16 @@ class _Walk:
     def _look_through(self, folder: str) -> None:
         try:
             with os.scandir(self._named(folder)) as entries:
-                for entry in list(entries):
-                    self._take(entry, os.path.join(folder, entry.name))  # noqa: PTH118
+                inside = list(entries)
         except OSError as error:
             self._found.unreadable.append((self._named(folder), reason(error)))
+            return
+        for entry in inside:
+            path = os.path.join(folder, entry.name)  # noqa: PTH118
+            try:
+                self._take(entry, path)
+            except OSError as error:
+                self._found.unreadable.append((self._named(path), reason(error)))
 
     def _take(self, entry: os.DirEntry[str], path: str) -> None:
         if entry.name.startswith(".") or self._excludes(entry.name, path):
@@ -103,7 +112,7 @@ class _Walk:
         elif entry.is_symlink():
             self._take_link(path)
         elif entry.is_dir(follow_symlinks=False):
-            self._enter(path)
+            self._enter(path, _identity(Path(self._named(path)).stat()))
         elif entry.is_file(follow_symlinks=False):
             self._take_file(path)
         else:
@@ -111,7 +120,7 @@ class _Walk:
 
     def _take_link(self, path: str) -> None:
         try:
-            mode = Path(self._named(path)).stat().st_mode
+            status = Path(self._named(path)).stat()
         except OSError as error:
             if _may_be_wanted(path):
                 why = "a dead link" if isinstance(error, FileNotFoundError) else "a link"
@@ -119,9 +128,9 @@ class _Walk:
             else:
                 self._skip(path)
             return
-        if stat.S_ISDIR(mode):
-            self._links.append(path)
-        elif stat.S_ISREG(mode):
+        if stat.S_ISDIR(status.st_mode):
+            self._links.append((path, _identity(status)))
+        elif stat.S_ISREG(status.st_mode):
             self._take_file(path)
         else:
             self._take_special(path)
@@ -139,12 +148,7 @@ class _Walk:
     def _skip(self, path: str) -> None:
         self._found.skipped[_suffix(path)] += 1
 
-    def _enter(self, path: str) -> None:
-        try:
-            identity = _identity(self._named(path))
-        except OSError as error:
-            self._found.unreadable.append((self._named(path), reason(error)))
-            return
+    def _enter(self, path: str, identity: _Identity) -> None:
         if identity not in self._seen:
             self._seen.add(identity)
             self._folders.append(path)
@@ -156,19 +160,16 @@ class _Walk:
         return str(Path(self._root, path))
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = Path(path).stat()
+def _identity(status: os.stat_result) -> _Identity:
     return status.st_dev, status.st_ino
 
 
-def _own_and_parents(folder: str) -> Iterator[tuple[int, int]]:
+def _own_and_parents(folder: str) -> Iterator[_Identity]:
     """A link to any of these leads around in a circle."""
-    real = os.path.realpath(folder)
-    for path in (real, *map(str, Path(real).parents)):
-        try:
-            yield _identity(path)
-        except OSError:
-            continue
+    real = Path(os.path.realpath(folder))
+    for path in (real, *real.parents):
+        with contextlib.suppress(OSError):
+            yield _identity(path.stat())
 
 
 def _suffix(path: str) -> str:
