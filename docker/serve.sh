@@ -1,6 +1,7 @@
 #!/bin/sh
 # Start tritonserver on /models. Further arguments are passed on to it.
-# With another --metrics-port set VIT_METRICS=localhost:PORT: preprocess asks there what waits for vit.
+# HTTP and metrics are Triton's behind front.py. VIT_FRONT says where each listens, and at which port of
+# loopback Triton does.
 #
 # Triton never starts the process of a Python model (a "stub") again, stays ready and fails its
 # requests. So when one has ended, all ends with exit code 1, for Docker or Kubernetes to restart.
@@ -13,8 +14,17 @@ closed=shared-memory,model-repository,trace,logging
 shm="vit-$$-"
 rm -f "/dev/shm/$shm"*
 
+repository=${MODEL_REPOSITORY:-/models}
+front=${VIT_FRONT:-0.0.0.0:8000=18000 0.0.0.0:8002=18002}  # HTTP, metrics
+http=${front%% *} metrics=${front##* }
+# preprocess asks there what waits for vit.
+export VIT_METRICS="127.0.0.1:${metrics##*=}"
+
+python3 "${VIT_FRONT_PY:-/opt/vit/front.py}" "$repository" "$http" "$metrics" &
+front=$!
+
 tritonserver \
-    --model-repository="${MODEL_REPOSITORY:-/models}" \
+    --model-repository="$repository" \
     --model-control-mode=none \
     --disable-auto-complete-config \
     --grpc-restricted-protocol="$closed:$key" \
@@ -23,7 +33,9 @@ tritonserver \
     --backend-config=python,shm-region-prefix-name="$shm" \
     --backend-config=python,shm-default-byte-size=67108864 \
     --backend-config=python,shm-growth-byte-size=67108864 \
-    "$@" &
+    "$@" \
+    --http-address=127.0.0.1 --http-port="${http##*=}" \
+    --metrics-address=127.0.0.1 --metrics-port="${metrics##*=}" &
 triton=$!
 stopping=
 trap 'stopping=1; kill -TERM "$triton" 2>/dev/null || :' TERM INT
@@ -41,6 +53,11 @@ stubs() {  # their pids; any thread of tritonserver may have started them
 
 watched=
 while alive "$triton"; do
+    if ! alive "$front"; then
+        echo "serve.sh: front.py, which passes HTTP on, has ended, so the server ends" >&2
+        kill -KILL "$triton"
+        exit 1
+    fi
     for pid in $watched; do
         alive "$pid" && continue
         sleep 3  # tritonserver may be about to end as well: it was stopped, or a model did not load
@@ -54,4 +71,7 @@ while alive "$triton"; do
     watched=$(stubs)
     sleep 1
 done
-wait "$triton"
+code=0
+wait "$triton" || code=$?
+kill "$front"
+exit "$code"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ports import free_ports, wait_for
+from ports import free_ports, front, wait_for
 from vit_server import tritonserver
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -42,6 +42,12 @@ class Container:
                     return pid
         raise AssertionError("no tritonserver")
 
+    def kill_front(self) -> None:
+        """End what passes HTTP on."""
+        for pid in _children(self.process.pid):
+            if "front.py" in Path(f"/proc/{pid}/cmdline").read_text():
+                os.kill(pid, signal.SIGKILL)
+
     def kill_stub(self, model: str) -> None:
         """End the processes of a Python model, and let nobody notice."""
         self.process.send_signal(signal.SIGSTOP)
@@ -69,10 +75,9 @@ def container(
         env = tritonserver.environment(installation)
         env["PATH"] = f"{installation.binary.parent}:{env['PATH']}"
         env["MODEL_REPOSITORY"] = str(repository)
-        env["VIT_METRICS"] = f"127.0.0.1:{metrics}"
+        env |= front(http, metrics)
         command = [DOCKER / "serve.sh", f"--backend-directory={backends}"]
-        command += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}"]
-        command += [f"--http-port={http}", f"--metrics-port={metrics}", "--log-info=false"]
+        command += ["--grpc-address=127.0.0.1", f"--grpc-port={grpc}", "--log-info=false"]
         with subprocess.Popen(command, env={**env, **variables}, start_new_session=True) as process:
             url = f"http://127.0.0.1:{http}"
             try:

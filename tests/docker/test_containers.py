@@ -48,7 +48,7 @@ def test_dockerfile_sources_are_sent_to_the_engine() -> None:
     sent = (DOCKER / "Dockerfile.dockerignore").read_text().split()
     for source in sources:
         assert (ROOT / source).exists()
-        assert f"!{source}" in sent
+        assert any(source == f or source.startswith(f"{f}/") for f in (s[1:] for s in sent))
     assert not any(fnmatch("models", pattern.lstrip("!")) for pattern in sent if pattern[0] == "!")
 
 
@@ -65,7 +65,7 @@ def test_what_is_installed_is_mounted_whole() -> None:
 
 def test_what_the_models_import_is_installed() -> None:
     """In NVIDIA's image; in the other it comes with vit-server."""
-    imported = set()
+    imported = {"aiohttp"}  # by what passes HTTP on
     for path in (ROOT / "model_repository").glob("*/1/*.py"):
         siblings = {other.stem for other in path.parent.glob("*.py")}
         for node in ast.walk(ast.parse(path.read_text())):
@@ -214,3 +214,19 @@ def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
 def test_health_of_a_hung_server(tiny_repository: Path, tmp_path: Path) -> None:
     with container(slow(tiny_repository, tmp_path, 1000)) as server:
         assert health(server.http_url) == (1, "embed: no answer in 10 s, to anybody\n")
+
+
+def test_no_body_ends_it(tiny_repository: Path) -> None:
+    """More of them in tests/reliability/test_bodies.py; it is the same HTTP."""
+    with container(tiny_repository) as server:
+        embed = f"{server.http_url}/v2/models/embed/infer"
+        assert post(embed, bytes(20_000_000)) == 400  # as a form, as urllib and curl say
+        assert post(server.metrics_url, bytes(20_000_000)) == 405
+        assert post(embed, bytes(70_000_000)) == 413
+        assert post(embed, PHOTO) == 200
+
+
+def test_ends_with_what_passes_http_on(tiny_repository: Path) -> None:
+    with container(tiny_repository) as server:
+        server.kill_front()
+        assert server.process.wait(60) == 1

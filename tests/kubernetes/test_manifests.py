@@ -209,7 +209,17 @@ def test_pods_are_guaranteed(deployed: list[Object]) -> None:
     for container in rendered.containers(pod):
         limits = {k: v for k, v in container["resources"]["limits"].items() if "/" not in k}
         assert container["resources"]["requests"] == limits
-        assert set(limits) == {"cpu", "memory"}
+        assert set(limits) == {"cpu", "memory", "ephemeral-storage"}
+
+
+def test_storage_adds_up(deployed: list[Object]) -> None:
+    """A pod asks for what its folders on the node's disk may hold, and for its logs."""
+    pod, container = rendered.server(deployed)
+    folders = [v["emptyDir"] for v in pod["volumes"] if "emptyDir" in v]
+    most = sum(quantity(f["sizeLimit"]) for f in folders if f.get("medium") != "Memory")
+    for part in rendered.containers(pod):
+        asked = quantity(part["resources"]["limits"]["ephemeral-storage"])
+        assert asked >= most + (100 * MIB if part is container else 0)
 
 
 def test_memory_adds_up(deployed: list[Object], tmp_path: Path) -> None:
@@ -227,9 +237,11 @@ def test_memory_adds_up(deployed: list[Object], tmp_path: Path) -> None:
     size = quantity(shm["sizeLimit"])
     assert shm["medium"] == "Memory"
     assert size >= sum(processes.values()) * 64 * MIB + photos + answers
-    # A photo of max_image_pixels for each core, in each process: as decoded, and as RGB.
-    cores = quantity(container["resources"]["limits"]["cpu"])
-    decoding = processes["preprocess"] * cores * 50e6 * 7
+    # Each process decodes so many pixels at once, which take up to 16 bytes each (a WebP; a
+    # progressive JPEG in CMYK 12, others 4 to 10).
+    (preprocess,) = (c for c in configs if c.name == "preprocess")
+    pixels = int(preprocess.parameters["max_image_pixels"].string_value)
+    decoding = processes["preprocess"] * pixels * 16
     measured = 1.3e9  # the embedded server after a load of all tasks, /dev/shm not counted
     limit = quantity(container["resources"]["limits"]["memory"])
     assert limit >= size + decoding + measured

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, GOLDENS, PHOTOS, Server, serving
 from load import inputs, perf_analyzer
-from ports import free_ports
+from ports import free_ports, front
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 from vit_client import Client, Unavailable
@@ -56,15 +56,14 @@ def running(objects: list[Object], repository: Path, folder: Path, **places: str
         arguments = arguments.replace(there, here)
     grpc, http, metrics = free_ports(3)
     arguments += f" --backend-directory={backends(folder)} --grpc-address=127.0.0.1"
-    arguments += f" --http-address=127.0.0.1 --grpc-port={grpc} --http-port={http}"
-    arguments += f" --metrics-port={metrics} --log-info=false --log-warning=false"
+    arguments += f" --grpc-port={grpc} --log-info=false --log-warning=false"
     prefix = f"manifests_{os.getpid()}_"
     arguments += f" --backend-config=python,shm-region-prefix-name={prefix}"
     installation = tritonserver.find()
     env = tritonserver.environment(installation)
     env["PATH"] = f"{installation.binary.parent}:{env['PATH']}"
     env |= {"MODEL_REPOSITORY": str(repository), "VIT_ADMIN_KEY": KEY}
-    env["VIT_METRICS"] = f"127.0.0.1:{metrics}"
+    env |= front(http, metrics)
     with subprocess.Popen(arguments.split(), env=env) as process:
         try:
             pod = Pod(grpc, http)
