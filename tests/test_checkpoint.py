@@ -70,6 +70,26 @@ def test_labels_are_by_index_not_by_order(content: Content, tmp_path: Path) -> N
     assert labels == vit_builder.load(GOLDENS / "tiny.pt").labels
 
 
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod.", "module.module."])
+def test_names_of_a_wrapped_network(content: Content, tmp_path: Path, before: str) -> None:
+    """As torch.compile and DataParallel save them."""
+    content["state"] = {f"{before}{name}": tensor for name, tensor in content["state"].items()}
+    torch.save(content, tmp_path / "x.pt")
+    state, expected = (vit_builder.load(p).state for p in (tmp_path / "x.pt", GOLDENS / "tiny.pt"))
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_names_of_a_network_with_a_compiled_part(content: Content, tmp_path: Path) -> None:
+    content["state"] = {
+        name.replace("encoder.block.0.", "encoder.block.0._orig_mod."): tensor
+        for name, tensor in content["state"].items()
+    }
+    torch.save(content, tmp_path / "x.pt")
+    expected = vit_builder.load(GOLDENS / "tiny.pt").state.keys()
+    assert vit_builder.load(tmp_path / "x.pt").state.keys() == expected
+
+
 def change(key: str, value: object) -> Callable[[Content], None]:
     return lambda content: content.update({key: value})
 
@@ -116,6 +136,20 @@ BROKEN = {
             {"inputs": [{"data_shape": [0, 3, 65, 64]}], "outputs": [{"data_shape": [0, 12]}]},
         ),
         "65x64 is no multiple of 16",
+    ),
+    "wrapped and not": (
+        change_state("module.norm.weight", torch.zeros(64)),
+        "norm.weight twice, under different names",
+    ),
+    "no classes": (
+        lambda c: c.update(
+            class_to_idx={},
+            signature={
+                "inputs": [{"data_shape": [0, 3, 64, 64]}],
+                "outputs": [{"data_shape": [0, 0]}],
+            },
+        ),
+        "has no classifier .0 classes",
     ),
     "labels": (change("class_to_idx", {"one": 1}), "does not number its 12 classes"),
 }

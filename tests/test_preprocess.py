@@ -2,7 +2,10 @@
 
 import importlib.util
 import io
+import os
+import struct
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +85,62 @@ def test_limits(preprocess: ModuleType) -> None:
             preprocess.decode(file.getvalue(), 64, 64, preprocess.Room(10**6))
 
 
+OTHERS = {
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "JPEG XL": b"\xff\x0a\0\0",
+    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n",
+    "PDF": b"%PDF-1.7\n",
+    "SVG": b'<?xml version="1.0"?><svg/>',
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_image_here_is_named(preprocess: ModuleType, name: str) -> None:
+    with pytest.raises(preprocess.BadImage, match=f"bytes that are {name}: not supported"):
+        preprocess.decode(OTHERS[name], 64, 64, preprocess.Room(10**6))
+
+
+def test_run_length_encoded_bitmap(preprocess: ModuleType) -> None:
+    """Pillow reads each run in two: 2.5 million for 1280 x 960 pixels that differ."""
+    pixels = np.random.default_rng(0).integers(0, 256, (960, 1280), np.uint8)
+    runs = np.stack([np.ones_like(pixels), pixels], axis=2).reshape(960, -1)
+    rows = b"".join(row.tobytes() + b"\0\0" for row in runs[::-1]) + b"\0\1"
+    palette = b"".join(bytes((i, i, i, 0)) for i in range(256))
+    info = struct.pack("<IiiHHIIiiII", 40, 1280, 960, 1, 8, 1, len(rows), 0, 0, 256, 256)
+    head = struct.pack("<2sIHHI", b"BM", 14 + 40 + 1024 + len(rows), 0, 0, 14 + 40 + 1024)
+    got = preprocess.decode(head + info + palette + rows, 64, 64, preprocess.Room(10**7))
+    expected = resized(Image.fromarray(pixels).convert("RGB"), 64, 64)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_pixels_in_memory_are_bounded(preprocess: ModuleType) -> None:
+    room, begun, done = preprocess.Room(10), threading.Event(), []
+
+    def large() -> None:
+        begun.set()
+        with room.taken(10):
+            done.append("large")
+
+    waiting = threading.Thread(target=large)
+    with room.taken(1):
+        waiting.start()
+        begun.wait()
+        with room.taken(9):
+            assert not done
+        done.append("small")
+    waiting.join()
+    assert done == ["small", "large"]
+    assert room.free == 10
+
+
+@pytest.mark.parametrize(("text", "number"), [("4,3,2", 4), (" 2 ", 2), ("1", 1), ("", None)])
+def test_threads_are_openmps(
+    preprocess: ModuleType, monkeypatch: pytest.MonkeyPatch, text: str, number: int | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert preprocess.threads() == (number or len(os.sched_getaffinity(0)))
+
+
 @pytest.mark.parametrize("side", [64, 96])
 @pytest.mark.parametrize("photo", sorted(PHOTOS.glob("*.jpg")), ids=lambda path: path.stem)
 def test_fast_jpeg_is_nearly_the_same(preprocess: ModuleType, photo: Path, side: int) -> None:
@@ -97,5 +156,8 @@ def test_fast_jpeg_changes_nothing_else(preprocess: ModuleType) -> None:
     """No other kind of file, and no JPEG below four times the model's size (two each way)."""
     for path in sorted((GOLDENS / "images").iterdir()):
         side = 16 if path.suffix != ".jpg" else 256
-        exact, fast = (preprocess.decode(path.read_bytes(), side, side, preprocess.Room(10**6), f) for f in (0, 1))
+        exact, fast = (
+            preprocess.decode(path.read_bytes(), side, side, preprocess.Room(10**6), f)
+            for f in (0, 1)
+        )
         np.testing.assert_array_equal(fast, exact, str(path))

@@ -203,6 +203,45 @@ def test_model_that_fails(
     assert re.search(sentence, said), said
 
 
+@pytest.mark.parametrize("threads", ["4,3,2", " 1 "])
+def test_threads_as_openmp_takes_them(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    with serving(tiny_repository) as server:
+        assert server.infer("classify", "image", [PHOTO])["scores"].shape == (1, 12)
+
+
+@pytest.mark.parametrize("threads", ["four", "0", "2,,1", "-1"])
+def test_threads_that_openmp_does_not_take(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    said = start_and_fail(tiny_repository, *FREE_PORTS)
+    assert f"OMP_NUM_THREADS={threads} is neither a number of threads nor" in said
+
+
+def test_folder_that_nothing_may_be_executed_from(
+    tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine has no namespaces for users")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    script = f'mount -t tmpfs -o noexec tmpfs {tmp_path} && exec "$@"'
+    result = subprocess.run(
+        [*namespace, "sh", "-c", script, "sh", *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert f"vit-server: {tmp_path} is mounted noexec" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_it_stops_with_nothing_left(tiny_repository: Path, number: signal.Signals) -> None:
     with serving(tiny_repository) as server:

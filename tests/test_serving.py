@@ -127,6 +127,18 @@ def test_poison_is_named_with_its_reason(tiny_server: Server, kind: str) -> None
     assert raised.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+def test_a_phones_largest_photo(tiny_server: Server) -> None:
+    """8160 x 6144, and 12000 x 9000."""
+    small, *large = (
+        encoded(Image.new("RGB", size, (200, 100, 50)), "JPEG")
+        for size in ((16, 16), (8160, 6144), (12_000, 9_000))
+    )
+    colour = Image.open(io.BytesIO(small)).getpixel((0, 0))
+    for photo in large:
+        pixels = tiny_server.infer("preprocess", "image", [photo])["pixels"]
+        np.testing.assert_array_equal(pixels, np.broadcast_to(colour, pixels.shape))
+
+
 def test_every_poisoned_row_of_a_request_is_named(tiny_server: Server) -> None:
     with pytest.raises(InferenceServerException) as raised:
         tiny_server.infer("embed", "image", [PHOTO, b"", PHOTO, b"text"])
