@@ -11,7 +11,7 @@ from typing import Any
 
 from . import _wire
 from ._connection import Connection
-from ._images import ENCODED, Refused, Unusable, encode, name_of, too_large
+from ._images import ENCODED, Refused, Unusable, encode, is_read, name_of, too_large
 from ._loading import Loaded, Reading
 from ._settings import Settings
 from ._source import chunks
@@ -26,12 +26,14 @@ _FRAME_BYTES = 4096
 # Larger answers gain nothing: the cost of a request is already spread over many images, and big
 # messages wait for each other.
 _MAX_ANSWER_BYTES = 4 << 20
-# Seconds after which an image that is not loaded yet no longer holds up the others of its chunk;
-# and the same for those after it, which likely hang for the same reason.
-_PATIENCE = 0.5
-_PATIENCE_THEN = 0.05
-# Threads that hang: on a mount that is gone, all files do.
-_MOST_HANGING = 256
+# Seconds after which a file that is not read yet no longer holds up the others of its chunk; the
+# same for those after it, which likely hang for the same reason; and for what is only converted,
+# which takes its time, and much memory.
+_PATIENCE = 1.0
+_PATIENCE_THEN = 0.1
+_PATIENCE_CONVERTING = 10.0
+# Threads that load images, with those that hang: on a mount that is gone, all do.
+_MOST_THREADS = 64
 
 
 class Engine:
@@ -77,8 +79,8 @@ class Engine:
         row, kept = 0, None
         while row < len(images):
             reading = Reading(images, row, kept, min(self._room, most), load)
-            patience = _PATIENCE_THEN if hanging else min(_PATIENCE, timeout / 4)
-            await self._load(reading, images[row:], patience, task)
+            patience = min(_PATIENCE_THEN if hanging else _PATIENCE, timeout / 4)
+            await self._load(reading, images, patience, begun + timeout / 2, task)
             loaded, row, busy = reading.take()
             kept = reading.kept
             if busy:
@@ -97,20 +99,29 @@ class Engine:
             for position, image in enumerate(images)
         ]
 
-    async def _load(self, reading: Reading, images: list[Any], patience: float, task: str) -> None:
-        """Returns when `reading` has ended, or has been at one image for longer than `patience`."""
-        if all(isinstance(image, ENCODED) for image in images):
+    async def _load(
+        self, reading: Reading, images: list[Any], patience: float, until: float, task: str
+    ) -> None:
+        """Returns when `reading` has ended, or has been at one image for longer than `patience`; or
+        `until` has come: the time of a request is not for reading alone."""
+        if all(isinstance(image, ENCODED) for image in images[reading.next :]):
             reading.run()  # nothing to read or convert: not worth a trip through a thread
             return
         async with self._loaders:
-            if len(self._readings) < _MOST_HANGING:
-                self._readings.add(reading)
-                reading.ended.add_done_callback(lambda _: self._readings.discard(reading))
-                reading.start()
+            while len(self._readings) >= _MOST_THREADS:
+                ends = [other.ended for other in self._readings]
+                left = until - time.monotonic()
+                if left <= 0:
+                    return
+                await asyncio.wait(ends, timeout=left, return_when="FIRST_COMPLETED")
+            self._readings.add(reading)
+            reading.ended.add_done_callback(lambda _: self._readings.discard(reading))
+            reading.start()
             at = -1
-            while at != reading.next:
+            while at != reading.next < len(images) and (left := until - time.monotonic()) > 0:
                 at = reading.next
-                if await self._wait(reading, patience, task):
+                seconds = patience if is_read(images[at]) else _PATIENCE_CONVERTING
+                if await self._wait(reading, min(seconds, left), task):
                     return
 
     async def _wait(self, reading: Reading, seconds: float, task: str) -> bool:

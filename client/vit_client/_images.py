@@ -45,6 +45,11 @@ def is_one_image(value: Any) -> bool:
     )
 
 
+def is_read(image: Any) -> bool:
+    """Whether an image comes from a file, or from something like one, which may hang."""
+    return isinstance(image, (str, os.PathLike)) or hasattr(image, "read")
+
+
 def is_array(value: Any) -> bool:
     """Whether `value` has numbers: an array of numpy's or a tensor, rather than a column of names,
     which has all that arrays have."""

@@ -95,6 +95,36 @@ def test_an_image_that_comes_late_is_answered(proxy: Proxy, pipes: list[Path], p
         assert client.embed([encoded(0)] * 3).shape == (3, 64)
 
 
+def test_reading_does_not_use_up_the_time_of_a_request(client: Client) -> None:
+    """Of slow files as many are sent together as are there by half of it."""
+
+    class Slow:
+        def read(self) -> bytes:
+            time.sleep(0.6)
+            return encoded(0)
+
+    assert client.embed([Slow() for _ in range(16)], timeout=8).shape == (16, 64)  # type: ignore[misc]
+
+
+def test_more_files_hang_than_there_are_threads(
+    client: Client, pipes: list[Path], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for one, and have their answers when there is one."""
+    monkeypatch.setattr("vit_client._engine._MOST_THREADS", 4)
+    with ThreadPoolExecutor(5) as pool:
+        hanging = [pool.submit(client.embed, pipe, timeout=100) for pipe in pipes[:4]]
+        while len(client._bridge.client._engine._readings) < 4:
+            time.sleep(0.01)
+        with pytest.raises(BadImage, match="could not be read within 1 s"):
+            client.embed(photo, timeout=1)
+        assert client.embed(encoded(0)).shape == (64,)  # is there already
+        waiting = pool.submit(client.embed, photo, timeout=100)
+        for pipe in pipes[:4]:
+            pipe.write_bytes(encoded(0))
+        for call in (waiting, *hanging):
+            assert call.result().shape == (64,)
+
+
 def test_files_that_hang(client: Client) -> None:
     """Whatever has a read() may, and whatever becomes an array."""
     going_on = threading.Event()
