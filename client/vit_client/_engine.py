@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import weakref
 from collections.abc import AsyncGenerator, Coroutine
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from . import _wire
 from ._connection import Connection
 from ._images import ENCODED, Refused, Unusable, encode, is_read, name_of, too_large
-from ._loading import Loaded, Reading
+from ._loading import Loaded, Reading, Threads
 from ._settings import Settings
 from ._source import chunks
 from .errors import BadImage, InvalidRequest, ServerError, is_too_large
@@ -45,6 +46,8 @@ class Engine:
         # One of these for each thread that loads images, except for those that hang.
         self._loaders = asyncio.Semaphore(min(16, (os.cpu_count() or 1) + 4))
         self._readings: set[Reading] = set()
+        self._threads = Threads()
+        weakref.finalize(self, self._threads.close)  # of a client that nobody closes
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
@@ -52,6 +55,7 @@ class Engine:
         self.connection.closed = True
         for reading in list(self._readings):
             reading.give_up()
+        self._threads.close()
         # Of streams that were left in the middle. Waited for, or asyncio would report them.
         tasks = list(self._tasks)
         for task in tasks:
@@ -116,7 +120,7 @@ class Engine:
                 await asyncio.wait(ends, timeout=left, return_when="FIRST_COMPLETED")
             self._readings.add(reading)
             reading.ended.add_done_callback(lambda _: self._readings.discard(reading))
-            reading.start()
+            self._threads.run(reading.run_in_thread)
             at = -1
             while at != reading.next < len(images) and (left := until - time.monotonic()) > 0:
                 at = reading.next

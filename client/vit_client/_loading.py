@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import Any
 
 from ._images import Unusable
@@ -16,12 +17,49 @@ Loaded = dict[int, "bytes | Unusable"]
 """Images as they are sent, or why they cannot be, by position."""
 
 
+class Threads:
+    """Daemon threads, as many as there are jobs at once. A job may hang, of which nobody takes
+    notice: not the next job, not `close`, and not Python at exit, which waits for the threads of a
+    ThreadPoolExecutor."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._closed = False
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run `job` at once, in a thread that is idle or new."""
+        with self._lock:
+            new = self._idle == 0
+            if not new:
+                self._idle -= 1
+        self._jobs.put(job)
+        if new:
+            threading.Thread(target=self._work, daemon=True, name="vit-load").start()
+
+    def close(self) -> None:
+        """End the idle threads; each of the others ends when its job does."""
+        with self._lock:
+            self._closed = True
+            for _ in range(self._idle):
+                self._jobs.put(None)
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            job()
+            del job  # and the images that it has
+            with self._lock:
+                if self._closed:
+                    return
+                self._idle += 1
+
+
 class Reading:
     """A thread's way through images, one after another, until they fill a request.
 
     A read may hang, of a pipe that nobody writes to or of a file on a server that is gone, and
-    nothing can end it. So the thread is a daemon, which Python does not wait for at exit, and what
-    it has loaded can be taken while it hangs.
+    nothing can end it. So what the thread has loaded can be taken while it hangs.
     """
 
     def __init__(
@@ -45,10 +83,6 @@ class Reading:
         self._lock = threading.Lock()
         self._loaded: Loaded = {}
         self._left = False
-
-    def start(self) -> None:
-        """Load in a thread."""
-        threading.Thread(target=self._run_in_thread, daemon=True, name="vit-load").start()
 
     def run(self) -> None:
         """Load here, what needs no waiting."""
@@ -86,7 +120,8 @@ class Reading:
         if not self.ended.done():
             self.ended.set_result(None)
 
-    def _run_in_thread(self) -> None:
+    def run_in_thread(self) -> None:
+        """Load in a thread, and wake whoever waits."""
         self.run()
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
             self.ended.get_loop().call_soon_threadsafe(self.give_up)

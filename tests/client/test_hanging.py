@@ -1,7 +1,7 @@
 """Images that never come: pipes that nobody writes to stand for mounts that are gone."""
 
 import asyncio
-import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -29,13 +29,19 @@ def pipes(tmp_path: Path) -> Iterator[list[Path]]:
     for path in made:
         os.mkfifo(path)
     yield made
-    deadline = time.monotonic() + 20
-    while any(thread.name == "vit-load" for thread in threading.enumerate()):
+    deadline = time.monotonic() + 60
+    while sum(was_read(path) for path in made):
         assert time.monotonic() < deadline
-        for path in made:
-            with contextlib.suppress(OSError):  # nobody reads it
-                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
-        time.sleep(0.01)
+        time.sleep(0.05)
+
+
+def was_read(path: Path) -> bool:
+    """Whether somebody waits for what is written to the pipe, who then finds it empty."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -167,6 +173,34 @@ def test_closing_an_async_client_does_not_wait(url: str, pipes: list[Path]) -> N
                 await asyncio.wait_for(waiting, 20)
 
     asyncio.run(run())
+
+
+def loaders() -> int:
+    return sum(thread.name == "vit-load" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_threads_end_with_their_client(url: str, photo: Path, closed: bool) -> None:
+    def ends(count: int) -> None:
+        deadline = time.monotonic() + 60
+        while loaders() > count:
+            gc.collect()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    async def run() -> None:
+        client = AsyncClient(url)
+        for _ in range(3):
+            await client.embed(photo)
+        assert loaders() > before
+        await client._engine.connection.close()
+        if closed:
+            await client.close()
+
+    ends(0)
+    before = loaders()
+    asyncio.run(run())
+    ends(before)
 
 
 def script(code: str, *arguments: Any) -> "subprocess.Popen[str]":
