@@ -42,7 +42,8 @@ Each of these names is a file, as it is: not a folder, nor a pattern.
 
 _ENVIRONMENT = """\
 Settings come from the environment too: VIT_URL, VIT_TIMEOUT, VIT_RETRIES, VIT_CONCURRENCY,
-VIT_TOKEN, VIT_HEADERS ("name: value, …"), VIT_TLS, VIT_CA_FILE, VIT_CERT_FILE, VIT_KEY_FILE, VIT_AUTHORITY.
+VIT_TOKEN, VIT_HEADERS ("name: value, …"), VIT_TLS, VIT_CA_FILE, VIT_CERT_FILE, VIT_KEY_FILE,
+VIT_AUTHORITY.
 """
 
 _EXIT_CODES = """\
