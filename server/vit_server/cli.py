@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import probe, repository, tritonserver
 from .http_front import HttpFront
-from .process import STOPS, TritonProcess, say
+from .process import STOPS, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
 
 
@@ -35,6 +35,7 @@ def serve(args: argparse.Namespace) -> int:
     """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
     for number in STOPS:
         signal.signal(number, _leave)  # until there is a tritonserver to stop
+    allow_all_files()  # here, where HTTP comes in, and in tritonserver
     repository.check(args.model_repository)
     tls = _tls(args)
     installation = tritonserver.find()

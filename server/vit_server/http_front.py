@@ -16,6 +16,7 @@ however much is under way.
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Mapping
@@ -115,12 +116,14 @@ class HttpFront:
     async def _handle(self, port: int, request: web.Request) -> web.StreamResponse:
         if (request.content_length or 0) > self._max:
             return self._too_large()
+        if not request.raw_path.startswith("/"):  # a whole URL, as proxies are asked
+            return _error(400, "this is no proxy")
         body: list[bytes] = []
         try:
             refusal = await asyncio.wait_for(self._receive(request, body), BODY_SECONDS)
             if refusal:
                 return refusal
-            if nesting(b"".join(body), request.headers) > MAX_NESTING:
+            if nesting(_json(body, request.headers)) > MAX_NESTING:
                 return _error(400, f"JSON that is nested more than {MAX_NESTING} deep")
             return await self._pass_on(port, request, body)
         except web.RequestPayloadError as e:
@@ -174,17 +177,22 @@ class HttpFront:
         return _error(413, f"a request may have {self._max} bytes, uncompressed")
 
 
-def nesting(body: bytes, headers: CIMultiDictProxy[str]) -> int:
-    """How deep the JSON of a request is nested, up to a header's word for where it ends."""
+def _json(body: list[bytes], headers: CIMultiDictProxy[str]) -> bytes:
+    """What Triton parses: up to where a header says that tensors begin, or all of it."""
     ends = headers.getall("Inference-Header-Content-Length", [])
-    if len(ends) == 1 and ends[0].isdecimal():
-        body = body[: int(ends[0])]
-    body = body.replace(b"\\\\", b"").replace(
-        b'\\"', b""
-    )  # then each quote begins or ends a string
+    if ends == ["0"]:
+        return b""
+    end = int(ends[0]) if len(ends) == 1 and re.fullmatch(r"\d{1,18}", ends[0]) else None
+    return b"".join(body)[:end]
+
+
+def nesting(text: bytes) -> int:
+    """How deep the arrays and objects of JSON are nested."""
+    # Without what is escaped each quote begins or ends a string.
+    text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     deepest = depth = quotes = 0
-    for start in range(0, len(body), 1 << 20):
-        part = np.frombuffer(body[start : start + (1 << 20)], np.uint8)
+    for start in range(0, len(text), 1 << 20):
+        part = np.frombuffer(text[start : start + (1 << 20)], np.uint8)
         before = quotes + np.cumsum(part == ord('"'))
         levels = depth + np.cumsum(_STEPS[part] * (before % 2 == 0))
         deepest = max(deepest, int(levels.max()))

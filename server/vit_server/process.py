@@ -214,9 +214,12 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def allow_all_files() -> None:
+    """Each connection takes a file; without any left Triton would also lose sight of its models."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _before_exec() -> None:
     """In the child. The kernel sends SIGTERM when the parent ends, however it ends."""
     _libc.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    # Each connection takes a file; without any left Triton would also lose sight of its models.
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

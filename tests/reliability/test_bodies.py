@@ -133,6 +133,15 @@ def test_heads(server: Server, head: str) -> None:
     answers(server)
 
 
+@pytest.mark.parametrize("start", ["GET http://192.0.2.1/", "OPTIONS *", "CONNECT 192.0.2.1:80"])
+def test_it_is_no_proxy(server: Server, start: str) -> None:
+    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=120) as connection:
+        connection.sendall(f"{start} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 4")
+    answers(server)
+
+
 def test_many_at_a_time(server: Server) -> None:
     """Those that there is room for are looked at, and others are told to come later."""
     with ThreadPoolExecutor(24) as pool:
