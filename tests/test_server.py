@@ -221,6 +221,28 @@ def test_threads_that_openmp_does_not_take(
     assert f"OMP_NUM_THREADS={threads} is neither a number of threads nor" in said
 
 
+def cores(*files: tuple[str, str]) -> int:
+    """As vit-server counts them, with these files in /sys/fs/cgroup."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine has no namespaces for users")
+    lines = ["mount -t tmpfs tmpfs /sys/fs/cgroup", "mkdir /sys/fs/cgroup/cpu"]
+    lines += [f"echo {text} > /sys/fs/cgroup/{name}" for name, text in files]
+    code = "from vit_server import tritonserver; print(tritonserver.cores())"
+    script = " && ".join([*lines, f"exec {BIN}/python -c '{code}'"])
+    return int(subprocess.check_output([*namespace, "sh", "-c", script], text=True))
+
+
+def test_cores_are_those_of_the_quota() -> None:
+    here = len(os.sched_getaffinity(0))
+    period = ("cpu/cpu.cfs_period_us", "100000")
+    assert cores() == here
+    assert cores(("cpu.max", "max 100000")) == here
+    assert cores(("cpu.max", "50000 100000")) == 1
+    assert cores(("cpu/cpu.cfs_quota_us", "-1"), period) == here
+    assert cores(("cpu/cpu.cfs_quota_us", "100000"), period) == 1
+
+
 def test_folder_that_nothing_may_be_executed_from(
     tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,11 +226,14 @@ def bracketed(host: str, port: int) -> str:
 def cores() -> int:
     """Cores this process may use: its affinity, and its cgroup's CPU quota where it has one."""
     count = len(os.sched_getaffinity(0))
-    quota_file = Path("/sys/fs/cgroup/cpu.max")
-    if quota_file.is_file():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            count = min(count, math.ceil(int(quota) / int(period)))
+    cgroups = Path("/sys/fs/cgroup")
+    files = [[cgroups / "cpu.max"]]  # version 2 of cgroups has both numbers in one file
+    files += [[cgroups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]]
+    for pair in files:
+        if all(file.is_file() for file in pair):
+            quota, period = " ".join(file.read_text() for file in pair).split()
+            if quota not in ("max", "-1"):  # none
+                count = min(count, math.ceil(int(quota) / int(period)))
     return max(1, count)
 
 

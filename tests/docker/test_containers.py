@@ -52,6 +52,13 @@ def test_dockerfile_sources_are_sent_to_the_engine() -> None:
     assert not any(fnmatch("models", pattern.lstrip("!")) for pattern in sent if pattern[0] == "!")
 
 
+def test_targets_of_mounts_are_whole_paths() -> None:
+    """buildah and podman take no others."""
+    targets = re.findall(r"target=([^,\s]+)", (DOCKER / "Dockerfile").read_text())
+    assert len(targets) > 5
+    assert all(target.startswith("/src/") for target in targets)
+
+
 def test_what_is_installed_is_mounted_whole() -> None:
     """The builder and the server share files with other folders, by symbolic links."""
     dockerfile = (DOCKER / "Dockerfile").read_text()
