@@ -221,6 +221,19 @@ def test_threads_that_openmp_does_not_take(
     assert f"OMP_NUM_THREADS={threads} is neither a number of threads nor" in said
 
 
+def test_it_leaves_alone_what_other_servers_have_made(tiny_repository: Path) -> None:
+    with serving(tiny_repository) as first, serving(tiny_repository, errors=True) as second:
+        before = environments()
+        os.kill(tritonserver(first.process.pid), signal.SIGKILL)  # so its folders stay
+        assert first.process.wait(60) == 137
+        assert len(before - environments()) == 2
+        assert second.infer("classify", "image", [PHOTO])["scores"].shape == (1, 12)
+        second.process.terminate()
+        _, errors = second.process.communicate(timeout=60)
+        assert second.process.returncode == 0
+        assert len(errors.splitlines()) == 2, errors  # that it starts, and that it stops
+
+
 def cores(*files: tuple[str, str]) -> int:
     """As vit-server counts them, with these files in /sys/fs/cgroup."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]

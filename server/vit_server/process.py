@@ -1,6 +1,7 @@
 """tritonserver as a child process: started, watched, stopped, and nothing left behind."""
 
 import ctypes
+import fcntl
 import os
 import re
 import resource
@@ -21,6 +22,7 @@ _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_SECONDS = 10
+ALONE_SECONDS = 10
 CRASH_SECONDS = 3  # to write its stack trace
 
 
@@ -32,9 +34,9 @@ _LOAD_FAILURE = re.compile(
 # The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
 
-# Triton's Python backend makes one of these for each backend, always there, and leaves it, empty,
-# where it is ended before its own end.
-_LEFT = "python_env_*"
+# Triton's Python backend makes one of these for each backend (python, pytorch), always there, and
+# leaves it, empty, where it is ended before its own end.
+_LEFT, _BACKENDS = "python_env_*", 2
 
 # Errors that say nothing: that there is no GPU, and that it ended.
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
@@ -64,9 +66,11 @@ class TritonProcess:
         self._stubs: dict[int, str] = {}
         for number in STOPS:
             signal.signal(number, self._on_signal)
-        self._others = set(Path("/tmp").glob(_LEFT))
+        self._left: set[Path] = set()
         # Stubs that outlive tritonserver become children of this process, which ends them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        starting = _alone()
+        others = set(Path("/tmp").glob(_LEFT))
         self._child = subprocess.Popen(
             command,
             env=env,
@@ -80,6 +84,8 @@ class TritonProcess:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
+        self._claimer = threading.Thread(target=self._claim, args=(starting, others), daemon=True)
+        self._claimer.start()
 
     @property
     def stopping(self) -> bool:
@@ -158,12 +164,28 @@ class TritonProcess:
         self._reader.join(timeout=5)  # their last words, before what this process says of it
         for segment in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
             segment.unlink(missing_ok=True)
-        for folder in set(Path("/tmp").glob(_LEFT)) - self._others:
+        self._claimer.join()
+        for folder in self._left:
             with suppress(OSError):  # not empty, or another user's
                 folder.rmdir()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.signals.append(time.monotonic())
+
+    def _claim(self, starting: int | None, others: set[Path]) -> None:
+        """Learn which folders are this tritonserver's: those that come while no other one starts.
+
+        To remove another's would end it.
+        """
+        if starting is None:
+            return
+        while len(self._left) < _BACKENDS:
+            exited = self.exited()
+            self._left = set(Path("/tmp").glob(_LEFT)) - others
+            if exited:
+                break
+            time.sleep(0.05)
+        os.close(starting)
 
     def _read_log(self) -> None:
         assert self._child.stdout is not None
@@ -187,6 +209,23 @@ class TritonProcess:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+
+
+def _alone() -> int | None:
+    """Wait until no other vit-server starts its tritonserver on this machine.
+
+    Returns:
+        What to close when this one has made its folders; None where one takes too long.
+    """
+    lock = os.open("/tmp", os.O_RDONLY)
+    deadline = time.monotonic() + ALONE_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        time.sleep(0.05)
+    os.close(lock)
+    return None
 
 
 def _clean(line: str) -> str:
