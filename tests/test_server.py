@@ -218,7 +218,7 @@ def test_threads_that_openmp_does_not_take(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     said = start_and_fail(tiny_repository, *FREE_PORTS)
-    assert f"OMP_NUM_THREADS={threads} is neither a number of threads nor" in said
+    assert f": OMP_NUM_THREADS={threads} is neither a number of threads nor" in said
 
 
 def test_it_leaves_alone_what_other_servers_have_made(tiny_repository: Path) -> None:

@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="larger images are refused unseen. Decoding takes up to 16 bytes of memory a "
         "pixel, in each of two processes, which decode no more than these at once "
-        "(default: %(default)s, a phone's 108 megapixels)",
+        "(default: %(default)s, a phone's 108 megapixels and more)",
     )
     add(
         "--max-request-bytes",

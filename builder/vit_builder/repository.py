@@ -36,7 +36,7 @@ class Settings:
     device: str = "cpu"  # where it will be fast; it runs on both
     neck_precision: str = "fp32"  # on the wire
     fast_jpeg: bool = False
-    max_image_pixels: int = 108_000_000
+    max_image_pixels: int = 110_000_000
     max_request_bytes: int = 64 << 20
 
 

@@ -70,6 +70,7 @@ def serve(args: argparse.Namespace) -> int:
                 return process.stop() or int(not drained)
             code = process.stop()
         finally:
+            opened.close()  # its connections take the files that the rest needs
             process.close()
     say(f"vit-server: tritonserver has ended, exit code {code}")
     return code

@@ -2,10 +2,12 @@
 
 Triton's own HTTP does not survive what anybody may send it, at any path, the metrics' too:
 
-- A form, which is what curl says of a body unless told, is parsed on a thread's stack, in twice its
-  size: 4 MiB end the process (triton-inference-server/server#5840, libevhtp's evhtp_parse_query).
+- What calls itself a form, as curl does of a body unless told, is parsed on a thread's stack, in
+  twice its size: 4 MiB end the process (triton-inference-server/server#5840, evhtp_parse_query of
+  libevhtp).
 - So do some 500,000 chunks of a byte (before Triton 25.09).
-- So does JSON that is nested 100,000 deep (before Triton 25.09).
+- So does JSON that is nested 100,000 deep (before Triton 25.09); and JSON of millions of members
+  takes hours of a core.
 - Nothing bounds what is taken into memory, or what gzip makes of a few bytes, before Triton 26.
 - An idle keep-alive connection holds up its end.
 
@@ -14,11 +16,12 @@ however much is under way.
 """
 
 import asyncio
-import json
+import contextlib
 import logging
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 
@@ -37,7 +40,9 @@ from yarl import URL
 MAX_REQUEST_BYTES = 64 << 20
 BODIES = 8  # of the largest size, that may be in memory at once
 BODY_SECONDS = 60  # for a body to arrive
+IDLE_SECONDS = 60  # of a connection without a request, or with half the head of one
 MAX_NESTING = 100  # of JSON, as in newer Tritons
+MAX_MEMBERS = 10_000  # of its objects, all together
 _STEPS = np.zeros(256, np.int32)  # into and out of JSON's arrays and objects
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 # Of one connection, not of the message; a body is passed on whole, so its length is known.
@@ -47,7 +52,6 @@ _HOP_BY_HOP = (
 )
 _silent = logging.getLogger(__name__)  # of requests that are not HTTP aiohttp logs a stack trace
 _silent.setLevel(logging.CRITICAL + 1)
-_FORM = "application/x-www-form-urlencoded"
 
 
 class HttpFront:
@@ -62,6 +66,8 @@ class HttpFront:
         self._routes = routes
         self._max = max_request_bytes
         self._held = 0  # bytes of bodies that are in memory
+        self._busy: Counter[object] = Counter()  # connections, by requests
+        self._idle_since: dict[object, float] = {}
         self._session: ClientSession
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
@@ -75,6 +81,9 @@ class HttpFront:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        # asyncio's own writes a stack trace where there are no files for more connections; those
+        # wait until others end.
+        self._loop.set_exception_handler(lambda *_: None)
         self._loop.run_until_complete(self.serve(self._stopped))
 
     async def serve(self, stopped: asyncio.Event) -> None:
@@ -88,7 +97,10 @@ class HttpFront:
         )
         runners = [await self._start(listening, port) for listening, port in self._routes.items()]
         try:
-            await stopped.wait()
+            while not stopped.is_set():
+                self._end_idle(runners)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stopped.wait(), 1)
         finally:
             for runner in runners:
                 await runner.cleanup()
@@ -105,6 +117,15 @@ class HttpFront:
         await web.SockSite(runner, listening).start()
         return runner
 
+    def _end_idle(self, runners: list[web.AppRunner]) -> None:
+        now = asyncio.get_running_loop().time()
+        servers = [runner.server for runner in runners if runner.server]
+        connections = [connection for server in servers for connection in server.connections]
+        self._idle_since = {each: self._idle_since.get(each, now) for each in connections}
+        for each in connections:
+            if each not in self._busy and now - self._idle_since[each] > IDLE_SECONDS:
+                each.force_close()
+
     async def _expect(self, request: web.Request) -> web.StreamResponse | None:
         """Answer `Expect: 100-continue`, which curl sends before a large body."""
         if (request.content_length or 0) > self._max:
@@ -119,11 +140,15 @@ class HttpFront:
         if not request.raw_path.startswith("/"):  # a whole URL, as proxies are asked
             return _error(400, "this is no proxy")
         body: list[bytes] = []
+        self._busy[request.protocol] += 1
         try:
             refusal = await asyncio.wait_for(self._receive(request, body), BODY_SECONDS)
             if refusal:
                 return refusal
-            if nesting(_json(body, request.headers)) > MAX_NESTING:
+            text = _json(body, request.headers)
+            if text.count(b":") > MAX_MEMBERS:
+                return _error(400, f"JSON of more than {MAX_MEMBERS} members")
+            if nesting(text) > MAX_NESTING:
                 return _error(400, f"JSON that is nested more than {MAX_NESTING} deep")
             return await self._pass_on(port, request, body)
         except web.RequestPayloadError as e:
@@ -131,7 +156,9 @@ class HttpFront:
         except asyncio.TimeoutError:
             return _error(408, f"the body did not arrive within {BODY_SECONDS} s")
         finally:
-            self._held -= _size(body)
+            self._release(body)
+            self._busy -= Counter([request.protocol])  # and away where none is left
+            self._idle_since[request.protocol] = asyncio.get_running_loop().time()
 
     async def _receive(self, request: web.Request, body: list[bytes]) -> web.StreamResponse | None:
         """Fill `body`, uncompressed; what to answer instead where it is too much."""
@@ -141,10 +168,16 @@ class HttpFront:
             size += len(part)
             self._held += len(part)
             if size > self._max:
+                self._release(body)
                 return self._too_large()
             if self._held > BODIES * self._max:
+                self._release(body)  # now, or others would be refused for it too
                 return _error(503, "too many large requests are in flight: try again later")
         return None
+
+    def _release(self, body: list[bytes]) -> None:
+        self._held -= _size(body)
+        body.clear()
 
     async def _pass_on(
         self, port: int, request: web.Request, body: list[bytes]
@@ -152,8 +185,8 @@ class HttpFront:
         headers = _passing(request.headers)
         if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
             del headers["Content-Encoding"]  # aiohttp has undone it
-        if request.content_type == _FORM:
-            headers["Content-Type"] = "application/octet-stream"
+        if "Content-Type" in headers:
+            headers["Content-Type"] = "application/octet-stream"  # Triton asks for none
         # Triton 2.51 sends a body with the answer to HEAD, too.
         method = "GET" if request.method == "HEAD" else request.method
         url = URL(f"http://127.0.0.1:{port}{request.raw_path}", encoded=True)
@@ -166,7 +199,7 @@ class HttpFront:
             ) as answer:
                 content = await answer.read()
         except ClientConnectionError:
-            return _error(503, "tritonserver does not answer: it is starting, or stopping")
+            return _error(503, "tritonserver does not answer: it starts, stops or has failed")
         except ClientError as e:
             return _error(502, f"tritonserver's answer cannot be read: {e}")
         headers = _passing(answer.headers)
@@ -218,6 +251,7 @@ def _passing(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 def _error(status: int, reason: str) -> web.StreamResponse:
     """As Triton's own errors look. The connection ends: the rest of a body may still be coming."""
-    response = web.json_response({"error": reason}, status=status, dumps=json.dumps)
+    response = web.json_response({"error": reason}, status=status)
+    response.headers["Server"] = "vit-server"
     response.force_close()
     return response

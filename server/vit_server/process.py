@@ -229,8 +229,9 @@ def _alone() -> int | None:
 
 
 def _clean(line: str) -> str:
-    """A line of the log without its prefix and quotes."""
-    return re.sub(r"^E\d{4} [^\]]*\] ", "", line).strip('"; \n')
+    """A line of the log without its prefix, what Triton says of an exception, and quotes."""
+    line = re.sub(r"^E\d{4} [^\]]*\] ", "", line)
+    return re.sub(r"\b(Internal|TritonModelException): ", "", line).strip('"; \n')
 
 
 def _stubs(triton: int) -> dict[int, str]:
@@ -249,8 +250,10 @@ def _stubs(triton: int) -> dict[int, str]:
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:  # no file is left to look with
+        return True
 
 
 def allow_all_files() -> None:

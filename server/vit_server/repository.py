@@ -11,7 +11,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from .http_front import MAX_REQUEST_BYTES
 from .probe import ENSEMBLES
-from .tritonserver import ServerError
+from .tritonserver import ServerError, reason
 
 MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
 REPORT = "build_report.json"
@@ -69,8 +69,7 @@ def _copied_in_one_piece(repository: Path, to: Path) -> bool:
                 raise
         return repository.stat().st_ino == before
     except OSError as e:
-        reason = e.args[0][0][2] if isinstance(e, shutil.Error) else e.strerror
-        raise ServerError(f"{repository} cannot be copied to {to.parent}: {reason}") from e
+        raise ServerError(f"{repository} cannot be copied to {to.parent}: {reason(e)}") from e
 
 
 def _check_digests(repository: Path, copy: Path) -> None:

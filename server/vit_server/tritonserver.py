@@ -137,15 +137,27 @@ def _clear_after_the_killed(temporary: Path) -> None:
 
 
 def prepare(installation: Installation, folder: Path) -> None:
-    """Lay out the `backends` that tritonserver reads: python and pytorch.
+    """Lay out the `backends` that tritonserver reads: python and pytorch. Raises ServerError.
 
     They are copies (4 MB): Triton refuses one whose library is a link out of its folder, and looks
     for the stub beside the library, where the wheel does not have it.
     """
     python = folder / "backends" / "python"
-    shutil.copytree(installation.python_backend, python)
-    shutil.copy(installation.stub, python)
-    shutil.copytree(OUR_BACKENDS / "pytorch", folder / "backends" / "pytorch")
+    try:
+        shutil.copytree(installation.python_backend, python)
+        shutil.copy(installation.stub, python)
+        shutil.copytree(OUR_BACKENDS / "pytorch", folder / "backends" / "pytorch")
+    except OSError as e:
+        raise ServerError(
+            f"{folder.parent} cannot be written: {reason(e)}; it takes a copy of the model "
+            "repository and 4 MB more: set TMPDIR to another folder"
+        ) from e
+
+
+def reason(error: OSError) -> str:
+    """Why a file, or one of several, could not be copied."""
+    first = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
+    return str(first or error)
 
 
 def command(

@@ -8,6 +8,7 @@ import itertools
 import json
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,10 @@ INFER = "/v2/models/embed/infer"
 RAW = {"Inference-Header-Content-Length": "0"}
 # curl says so of a body unless told. Triton's HTTP library then parses it on the stack.
 FORM = {**RAW, "Content-Type": "application/x-www-form-urlencoded"}
+# It looks at the beginning only.
+NEARLY = [
+    f"Application/x-www-form-urlencoded{end}" for end in ("X", " foo", ",", "/x", '"', ";a=b")
+]
 Body = bytes | Iterator[bytes]
 
 
@@ -56,6 +61,12 @@ def answers(server: Server) -> None:
     assert status == 200
     expected = server.infer("embed", "image", [PHOTO])["embedding"][0]
     np.testing.assert_array_equal(np.frombuffer(body[-expected.nbytes :], "<f4"), expected)
+
+
+@pytest.mark.parametrize("kind", NEARLY)
+def test_what_nearly_is_a_form(server: Server, kind: str) -> None:
+    assert ask(server, body=bytes(20 * MIB), headers=RAW | {"Content-Type": kind})[0] == 400
+    answers(server)
 
 
 def zeros(mib: int) -> Iterator[bytes]:
@@ -95,9 +106,15 @@ def test_json(server: Server) -> None:
     assert status == 400
     assert f"{20 * MIB} bytes that are not an image" in body.decode()
     for start in (b"[", b'{"a":', b'["]",', b'["\\\\]\\"]",'):
-        status, body = ask(server, body=start * 200_000, headers={})
+        status, body = ask(server, body=start * 9_000, headers={})
         assert status == 400
         assert "nested" in body.decode()
+    members = ",".join(f'"{i}":1' for i in range(1_000_000))  # each is looked for among all
+    status, body = ask(server, body=f'{{"parameters":{{{members}}}}}'.encode(), headers={})
+    assert status == 400
+    assert "members" in body.decode()
+    length = RAW | {"Inference-Header-Content-Length": "9" * 5000}
+    assert ask(server, body=b"{}", headers=length)[0] in (400, 500)
     answers(server)
 
 
@@ -147,7 +164,7 @@ def test_many_at_a_time(server: Server) -> None:
     with ThreadPoolExecutor(24) as pool:
         large = [pool.submit(ask, server, INFER, bytes(63 * MIB), FORM) for _ in range(24)]
         statuses = {future.result()[0] for future in large}
-    assert statuses <= {400, 503}
+    assert statuses == {400, 503}  # those that come too late cost the others nothing
     answers(server)
 
 
@@ -162,6 +179,28 @@ def test_slow_senders_hold_up_nobody(server: Server) -> None:
     finally:
         for connection in slow:
             connection.close()
+
+
+def test_connections_that_say_nothing(tiny_repository: Path) -> None:
+    """More than there are files for: they cost others HTTP, until they end, but not gRPC."""
+    files = ["prlimit", "--nofile=1024:1024"]
+    with serving(tiny_repository, under=files) as server:
+        host, _, port = server.http_url.removeprefix("http://").rpartition(":")
+        silent = [socket.create_connection((host, int(port)), timeout=120) for _ in range(1100)]
+        time.sleep(2)  # it looks at its processes
+        assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
+        for connection in silent:
+            connection.close()
+        answers(server)
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+
+
+def test_connections_end_that_go_on_saying_nothing(server: Server) -> None:
+    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=150) as connection:
+        connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost:")
+        assert connection.recv(1) == b""
 
 
 def test_they_do_not_hold_up_its_end(tiny_repository: Path) -> None:

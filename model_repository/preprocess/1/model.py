@@ -58,7 +58,10 @@ def decode(data, height, width, room, fast_jpeg=False):
         with Image.open(reader, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > room.pixels:
-                raise BadImage(f"{image.width}x{image.height} is over {room.pixels} pixels")
+                raise BadImage(
+                    f"{image.width}x{image.height} is over {room.pixels} pixels, the limit of this "
+                    "server (vit-builder --max-image-pixels)"
+                )
             if max(image.size) > MAX_SIDE:
                 raise BadImage(f"{image.width}x{image.height} has a side of over {MAX_SIDE} pixels")
             if image.format == "BMP":
@@ -247,7 +250,7 @@ def threads():
     if not text:
         return len(os.sched_getaffinity(0))
     counts = [count.strip() for count in text.split(",")]
-    if not all(count.isdecimal() and int(count) > 0 for count in counts):
+    if not all(count.isdecimal() and 0 < int(count) < 2**16 for count in counts):
         raise pb_utils.TritonModelException(
             f"OMP_NUM_THREADS={text} is neither a number of threads nor a list of such"
         )
