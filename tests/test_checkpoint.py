@@ -70,7 +70,7 @@ def test_labels_are_by_index_not_by_order(content: Content, tmp_path: Path) -> N
     assert labels == vit_builder.load(GOLDENS / "tiny.pt").labels
 
 
-@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod.", "module.module."])
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "model._orig_mod.", "module.module."])
 def test_names_of_a_wrapped_network(content: Content, tmp_path: Path, before: str) -> None:
     """As torch.compile and DataParallel save them."""
     content["state"] = {f"{before}{name}": tensor for name, tensor in content["state"].items()}

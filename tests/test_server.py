@@ -234,16 +234,21 @@ def test_it_leaves_alone_what_other_servers_have_made(tiny_repository: Path) -> 
         assert len(errors.splitlines()) == 2, errors  # that it starts, and that it stops
 
 
+def namespace() -> list[str]:
+    """A command that runs another with mounts of its own."""
+    command = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine has no namespaces for users")
+    return command
+
+
 def cores(*files: tuple[str, str]) -> int:
     """As vit-server counts them, with these files in /sys/fs/cgroup."""
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this machine has no namespaces for users")
     lines = ["mount -t tmpfs tmpfs /sys/fs/cgroup", "mkdir /sys/fs/cgroup/cpu"]
     lines += [f"echo {text} > /sys/fs/cgroup/{name}" for name, text in files]
     code = "from vit_server import tritonserver; print(tritonserver.cores())"
     script = " && ".join([*lines, f"exec {BIN}/python -c '{code}'"])
-    return int(subprocess.check_output([*namespace, "sh", "-c", script], text=True))
+    return int(subprocess.check_output([*namespace(), "sh", "-c", script], text=True))
 
 
 def test_cores_are_those_of_the_quota() -> None:
@@ -256,25 +261,23 @@ def test_cores_are_those_of_the_quota() -> None:
     assert cores(("cpu/cpu.cfs_quota_us", "100000"), period) == 1
 
 
-def test_folder_that_nothing_may_be_executed_from(
+def test_folder_that_cannot_be_used(
     tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this machine has no namespaces for users")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    script = f'mount -t tmpfs -o noexec tmpfs {tmp_path} && exec "$@"'
-    result = subprocess.run(
-        [*namespace, "sh", "-c", script, "sh", *command],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert f"vit-server: {tmp_path} is mounted noexec" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    for option, words in (("noexec", "is mounted noexec"), ("size=1m", "cannot be written: No sp")):
+        command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+        script = f'mount -t tmpfs -o {option} tmpfs {tmp_path} && exec "$@"'
+        result = subprocess.run(
+            [*namespace(), "sh", "-c", script, "sh", *command],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 1
+        assert f"vit-server: {tmp_path} {words}" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -24,8 +24,8 @@ _LEGACY_NAMES = (
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
 )
-# What torch.compile and DataParallel put before (or, of a part, between) the names.
-_WRAPPERS = re.compile(r"^(?:module\.)+|\b_orig_mod\.")
+# What torch.compile, DataParallel and Lightning put before (or, of a part, between) the names.
+_WRAPPERS = re.compile(r"^(?:module|model|_forward_module)\.|\b_orig_mod\.")
 _CONFIG_FIELDS = {f.name for f in fields(ViTConfig)} - {"image_size", "num_classes", "norm_eps"}
 _TRAINING_ONLY = {"drop_path_rate"}  # config overrides that change nothing at inference
 # Mean and standard deviation of the published checkpoint, for models made here.
@@ -159,7 +159,8 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
     for key in ("state", "signature", "class_to_idx", "rgb_stats"):
         if not isinstance(content.get(key), Mapping):
-            raise CheckpointError(f"it has no `{key}`")
+            hint = " (the weights alone are not enough: sizes and labels go with them)"
+            raise CheckpointError(f"it has no `{key}`{hint if key == 'state' else ''}")
     if content.get("task", "image_classification") != "image_classification":
         raise CheckpointError(f"it is for {content['task']}, not for image_classification")
     try:

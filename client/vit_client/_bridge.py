@@ -99,8 +99,8 @@ class Bridge:
         with self._lock:
             if self._closed:
                 raise ClientClosed("this client is closed")
+            check_threads()  # they may have been replaced since the client was made
             if self._loop is None:
-                check_threads()  # they may have been replaced since the client was made
                 self._loop = asyncio.new_event_loop()
                 self._loop.set_exception_handler(_report)
                 self._pid = os.getpid()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array as arrays
 import contextlib
+import errno
 import inspect
 import io
 import os
@@ -47,7 +49,11 @@ def is_one_image(value: Any) -> bool:
 
 def is_read(image: Any) -> bool:
     """Whether an image comes from a file, or from something like one, which may hang."""
-    return isinstance(image, (str, os.PathLike)) or hasattr(image, "read")
+    return (
+        isinstance(image, (str, os.PathLike))
+        or hasattr(image, "read")
+        or hasattr(image, "read_bytes")
+    )
 
 
 def is_array(value: Any) -> bool:
@@ -70,6 +76,12 @@ def mistaken(value: Any) -> str:
         return f"{kind} is a table: pass its column of paths"
     if hasattr(value, "status_code") and hasattr(value, "content"):
         return f"{kind} is an answer, not an image: pass its .content"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], bool):
+        return f"{kind} of a truth value and more: pass [1] of what OpenCV's imencode gives"
+    if isinstance(value, arrays.array) or (
+        isinstance(value, (list, tuple)) and value and isinstance(value[0], int)
+    ):
+        return f"{kind} of numbers: pass bytes(…) of it, if it is an image file"
     if hasattr(value, "namelist") or hasattr(value, "getmembers"):
         return f"{kind} is an archive: pass the bytes of each of its files"
     return ""
@@ -98,8 +110,12 @@ def encode(image: ImageLike, size: tuple[int, int], most: int = 2**31 - 1) -> by
     Raises:
         Unusable: if there is no such file, it is too large, or the value is no image.
     """
+    if hasattr(image, "as_py"):  # of a column of Arrow's
+        image = image.as_py()
     if isinstance(image, ENCODED):
         data = bytes(image)
+        if _is_path(data):
+            raise Unusable("is a path as bytes: pass it as str")
     elif isinstance(image, (str, os.PathLike)):
         data = _read(os.fsdecode(image), most)
     elif words := mistaken(image):
@@ -108,6 +124,8 @@ def encode(image: ImageLike, size: tuple[int, int], most: int = 2**31 - 1) -> by
         data = _from_array(_as_numpy(image), size)
     elif hasattr(image, "read"):
         data = _read_open(image, most)
+    elif hasattr(image, "read_bytes"):  # of a path in an archive, a package, a bucket
+        data = _read_whole(image)
     else:
         data = _from_pil(image, size)
     if not data:
@@ -139,6 +157,8 @@ def _amount(size: int) -> str:
 
 
 def _read(name: str, most: int) -> bytes:
+    if not name:  # which would be the folder that we are in
+        raise Unusable("an empty name")
     path = Path(name)
     try:
         status = path.stat()
@@ -149,9 +169,24 @@ def _read(name: str, most: int) -> bytes:
         with path.open("rb", buffering=0) as file:
             return _read_up_to(file, most, status.st_size + 1)
     except OSError as error:
-        raise Unusable(_not_a_path(name) or (error.strerror or str(error)).lower()) from None
+        words = (error.strerror or str(error)).lower()
+        if error.errno == errno.ENAMETOOLONG:
+            words += ": is it base64? Decode it, and pass the bytes"
+        raise Unusable(_not_a_path(name) or words) from None
     except ValueError as error:  # a NUL in the name
         raise Unusable(str(error)) from None
+
+
+def _read_whole(path: Any) -> bytes:
+    try:
+        data: bytes = path.read_bytes()
+    except (OSError, KeyError, ValueError) as error:
+        raise Unusable(str(error)) from None
+    return data
+
+
+def _is_path(data: bytes) -> bool:
+    return len(data) < 4096 and b"\0" not in data and os.path.lexists(data)
 
 
 def _not_a_path(name: str) -> str:
@@ -249,6 +284,8 @@ def _check_array(array: np.ndarray[Any, Any]) -> None:
     if array.ndim != 3:
         raise Unusable(what)
     if array.shape[2] != 3:
+        if array.shape[2] == 4:
+            raise Unusable(f"{what}: leave out the alpha with array[:, :, :3]")
         if array.shape[0] == 3:
             scale = "" if array.dtype == np.uint8 else ", scale it to 0…255, make it uint8"
             raise Unusable(f"{what}: put the channels last with transpose(1, 2, 0){scale}")

@@ -205,6 +205,9 @@ _NOT_BEGUN = "Stream removed (GOAWAY received; Error code: 0"
 _HTTP_STATUS = re.compile(r"Received http2 header with status: (\d+)")
 _TUNNEL_STATUS = re.compile(r"HTTP proxy returned response code (\d+)")
 
+# An answer without gRPC's status: a web server's.
+_NOT_GRPC = "Data frame with END_STREAM flag received"
+
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,  # a gateway's way to limit the rate
@@ -275,7 +278,7 @@ def from_grpc(
         kind = ConfigurationError
     elif any(text in lower for text in (_NOT_LOADED, _MODEL_DIED, *_NEIGHBOUR_TEXTS)):
         kind = Unavailable
-    elif "request for unknown model" in lower:
+    elif "request for unknown model" in lower or _NOT_GRPC in details:
         kind = ModelNotServed
     elif tls and code is grpc.StatusCode.UNAVAILABLE and any(t in details for t in _TLS_TEXTS):
         kind = AccessDenied
@@ -313,6 +316,8 @@ def _message(
         return f"the server at {url} has lost a model ({details})"
     if any(text in details for text in _NEIGHBOUR_TEXTS):
         return f"the server at {url} failed this for a malformed request beside it ({details})"
+    if _NOT_GRPC in details:
+        return f"what answers at {url} does not speak gRPC: is it a login page? ({details})"
     if kind is Unavailable:
         return f"no server at {url}{_unavailable_hint(url, details)} ({details or code.name})"
     if kind is DeadlineExceeded:

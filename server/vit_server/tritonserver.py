@@ -156,8 +156,11 @@ def prepare(installation: Installation, folder: Path) -> None:
 
 def reason(error: OSError) -> str:
     """Why a file, or one of several, could not be copied."""
-    first = error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror
-    return str(first or error)
+    if not isinstance(error, shutil.Error):
+        return error.strerror or str(error)
+    first = str(error.args[0][0][2])  # its own list, where the text has the names once more
+    found = re.match(r"\[Errno \d+\] ([^:]+)", first)
+    return found[1] if found else first
 
 
 def command(

@@ -288,9 +288,9 @@ def test_what_is_wrong_with_a_list(
     assert "no.png: no such file" in ran.stderr
     assert ran.returncode == 1
     for text, options, words in (
-        (b"\n", [], "-: no names in it"),
-        (b"a.png\0b.png\0", [], "its names end with NUL: add -0"),
-        (b"a.png\nb.png\n", ["-0"], "it has a name a line: leave out -0"),
+        (b"\n", [], "standard input: no names in it"),
+        (b"a.png\0b.png\0", [], "add -0 if they end its names"),
+        (b"a.png\nb.png\n", ["-0"], "standard input: it has a name a line: leave out -0"),
         (b"a.png", ["-"], "either an image or a list of names"),
     ):
         ran = listed(text, *options)
@@ -301,6 +301,8 @@ def test_what_is_wrong_with_a_list(
         (["embed", "--files-from", "sub"], "sub: is a directory"),
         (["embed", "a.png", "-0"], "-0 goes with --files-from"),
         (["embed", "a.png", "--overwrite"], "--overwrite goes with -o"),
+        (["embed", "--files-from", "/dev/zero"], "/dev/zero: over 256 MiB are no list of names"),
+        (["embed", ""], "'': an empty name: is a variable of your shell unset?"),
         (["embed"], "required: IMAGE (or --files-from FILE)"),
     ):
         ran = vit_client(url, *arguments)

@@ -70,7 +70,7 @@ def test_nothing_larger_than_the_model_needs_is_sent() -> None:
         (b"", "is empty"),
         (io.BytesIO(), "is empty"),
         (io.StringIO("text"), '"rb"'),
-        ("", "directory"),
+        ("", "an empty name"),
         ("no\0name", "null"),
         ("/no/such/file", "no such file"),
         ("/dev/zero", "is a device, not a file"),

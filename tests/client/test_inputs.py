@@ -1,7 +1,10 @@
 """What people pass for images, and what is made of it where it has one meaning."""
 
+import array
+import base64
 import contextlib
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -56,6 +59,14 @@ class Column:
         return len(self._values)
 
 
+def zipped(name: str) -> zipfile.Path:
+    """The same file in an archive, as a path."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.write(name, "a.png")
+    return zipfile.Path(file, "a.png")
+
+
 @pytest.mark.parametrize(
     "collection",
     [
@@ -64,6 +75,8 @@ class Column:
         lambda names: np.array([encoded(index) for index in range(3)], object),
         Column,
         pyarrow.array,
+        lambda names: pyarrow.chunked_array([names]),
+        lambda names: [zipped(name) for name in names],
         lambda names: dict.fromkeys(names).keys(),
         lambda names: (name for name in names),
         lambda names: Path(names[0]).parent.glob("[0-2].png"),
@@ -71,7 +84,19 @@ class Column:
         lambda names: np.stack([pixels(index) for index in range(3)]).__iter__(),
     ],
     ids=[
-        *("objects", "texts", "files", "column", "pyarrow", "keys", "generator", "glob", "map"),
+        *(
+            "objects",
+            "texts",
+            "files",
+            "column",
+            "pyarrow",
+            "chunked",
+            "zip",
+            "keys",
+            "generator",
+            "glob",
+            "map",
+        ),
         "pixels",
     ],
 )
@@ -81,8 +106,6 @@ def test_collections(client: Client, photos: list[Path], collection: Any) -> Non
     assert not is_one_image(images)
     if "glob" in type(images).__name__ or hasattr(images, "gi_code"):
         images = sorted(images)
-    if type(images).__module__ == "pyarrow.lib":
-        images = images.to_pylist()
     expected = client.embed([encoded(index) for index in range(3)])
     np.testing.assert_allclose(client.embed(images), expected, atol=1e-5)
 
@@ -236,7 +259,13 @@ class Table:
 
 @pytest.mark.parametrize(
     ("images", "words"),
-    [({"a": b"x"}, "pass list(images.values())"), (Table(), "pass its column of paths")],
+    [
+        ({"a": b"x"}, "pass list(images.values())"),
+        (Table(), "pass its column of paths"),
+        (list(PHOTO), "pass bytes(…) of it"),
+        (array.array("B", PHOTO), "pass bytes(…) of it"),
+        ((True, np.frombuffer(PHOTO, np.uint8)), "pass [1] of what OpenCV's imencode gives"),
+    ],
 )
 def test_mistakes_are_told_by_every_method(client: Client, images: Any, words: str) -> None:
     with pytest.raises(BadImage) as caught:
@@ -245,6 +274,18 @@ def test_mistakes_are_told_by_every_method(client: Client, images: Any, words: s
     with pytest.raises(TypeError) as refused:
         client.stream(images)
     assert words in str(refused.value)
+
+
+def test_mistaken_names(client: Client, photos: list[Path]) -> None:
+    for image, words in (
+        (os.fsencode(photos[0]), "is a path as bytes: pass it as str"),
+        (base64.b64encode(PHOTO).decode(), "is it base64? Decode it"),
+        ("", "an empty name"),
+        (np.zeros((8, 8, 4), np.uint8), "leave out the alpha"),
+    ):
+        with pytest.raises(BadImage) as caught:
+            client.embed(image)
+        assert words in str(caught.value)
 
 
 def test_what_anything_raises_is_its_own_fault_only(client: Client) -> None:
@@ -274,8 +315,6 @@ def test_long_names_are_shortened(client: Client) -> None:
 
 def test_paths_as_bytes(tmp_path: Path) -> None:
     """Of os.scandir(b"…"): a path-like object, which is no text."""
-    import os
-
     (tmp_path / "a.png").write_bytes(PHOTO)
     with contextlib.closing(os.scandir(os.fsencode(tmp_path))) as entries:
         (entry,) = entries

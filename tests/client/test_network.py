@@ -155,6 +155,16 @@ def test_what_a_proxy_answers(status: int, kind: type[VitClientError], words: st
         assert "UNKNOWN" not in text
 
 
+def test_a_page_that_comes_instead_of_an_answer() -> None:
+    """Of a login, say, with the status of a success."""
+    with (
+        peering("", http_status(200)) as peer,
+        Client(peer.url, retries=0) as client,
+        pytest.raises(ModelNotServed, match="does not speak gRPC: is it a login page"),
+    ):
+        client.model()
+
+
 def test_every_status_has_a_meaning() -> None:
     for status in range(300, 600):
         kind, words = errors._http_meaning(status)

@@ -20,6 +20,8 @@ from ._report import error, note
 
 STDIN = "-"
 
+_LIST_BYTES = 1 << 28  # of a list of names: some millions
+
 # Never a pattern, whatever is in it: the client tells what to do instead.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
@@ -40,7 +42,7 @@ def expand(options: Namespace) -> tuple[list[str], bool]:
         raise ConfigurationError("standard input is either an image or a list of names, not both")
     listed = _listed(options.files_from, null=options.null) if options.files_from else []
     if not listed and not options.images:
-        raise ConfigurationError(f"{shortened(options.files_from)}: no names in it")
+        raise ConfigurationError(f"{_shown(options.files_from)}: no names in it")
     asked = _Asked()
     for argument in options.images:
         asked.add(argument, options.exclude)
@@ -58,7 +60,9 @@ class _Asked:
 
     def add(self, argument: str, exclude: Sequence[str]) -> None:
         exists = os.path.lexists(argument)  # Path's own way raises for a name that is too long
-        if os.path.isdir(argument):  # noqa: PTH112
+        if not argument:
+            self._tell_mistake("''", "an empty name: is a variable of your shell unset?")
+        elif os.path.isdir(argument):  # noqa: PTH112
             self._add_folder(argument, exclude)
         elif glob.has_magic(argument) and not exists and not _URL.match(argument):
             self._add_matches(argument)
@@ -98,14 +102,20 @@ def _goes_in_circles(path: str) -> bool:
 
 def _listed(file: str, *, null: bool) -> list[str]:
     """The names in `file`, one a line or ended by NUL."""
+    shown = _shown(file)
     try:
-        data = _stdin("a list of names").read() if file == STDIN else Path(file).read_bytes()
+        with _stdin("a list of names") if file == STDIN else Path(file).open("rb") as opened:
+            data = _read_up_to(opened, _LIST_BYTES + 1)
     except OSError as failure:
-        raise ConfigurationError(f"{shortened(file)}: {reason(failure)}") from None
+        raise ConfigurationError(f"{shown}: {reason(failure)}") from None
+    if len(data) > _LIST_BYTES:
+        raise ConfigurationError(f"{shown}: over {_LIST_BYTES >> 20} MiB are no list of names")
     if not null and b"\0" in data:
-        raise ConfigurationError(f"{shortened(file)}: its names end with NUL: add -0")
+        raise ConfigurationError(
+            f"{shown}: it has NULs: add -0 if they end its names, or is it no list of names?"
+        )
     if null and b"\0" not in data and b"\n" in data:
-        raise ConfigurationError(f"{shortened(file)}: it has a name a line: leave out -0")
+        raise ConfigurationError(f"{shown}: it has a name a line: leave out -0")
     if null:
         names = data.split(b"\0")
     else:  # Windows has a mark at the beginning, and ends lines with \r\n
@@ -113,6 +123,18 @@ def _listed(file: str, *, null: bool) -> list[str]:
         names = [line.removesuffix(b"\r") for line in lines]
     # "./-" is the file of this name; "-" would be standard input.
     return [os.fsdecode(name) if name != b"-" else "./-" for name in names if name.strip()]
+
+
+def _shown(file: str) -> str:
+    return "standard input" if file == STDIN else shortened(file)
+
+
+def _read_up_to(file: BinaryIO | FileIO, most: int) -> bytes:
+    parts: list[bytes] = []
+    while most > 0 and (part := file.read(min(most, 1 << 20))):
+        parts.append(part)
+        most -= len(part)
+    return b"".join(parts)
 
 
 def image(name: str) -> ImageLike:

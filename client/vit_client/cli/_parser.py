@@ -184,7 +184,7 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
     verb: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
+        description=f"{what[0].upper()}{what[1:]}{'' if what.endswith('?') else '.'}",
         epilog="\n".join(part for part in (about, _ENVIRONMENT, _EXIT_CODES) if part),
         formatter_class=_Help,
     )
