@@ -215,10 +215,14 @@ def test_dev_shm_too_small_to_start(tiny_repository: Path) -> None:
     assert "No space left on device" in said
 
 
-def test_dev_shm_fills_up(tiny_repository: Path, known: Known) -> None:
+def test_dev_shm_fills_up(tiny_repository: Path, tmp_path: Path, known: Known) -> None:
     """What Triton needs for usual requests it has taken beforehand."""
+    repository = tmp_path / "models"
+    shutil.copytree(tiny_repository, repository)
+    for config in (repository / "preprocess/config.pbtxt", repository / "vit/config.pbtxt"):
+        config.write_text(config.read_text().replace(str(64 << 20), str(256 << 20)))
     too_large = b"P6 7000 7000 255\n" + bytes(3 * 7000 * 7000)  # 147 MB, of 64 there are
-    with serving(tiny_repository, under=small_shm(270)) as server:
+    with serving(repository, under=small_shm(270)) as server:
         shm = Path(f"/proc/{server.process.pid}/root/dev/shm")
         with (shm / "fill").open("wb") as fill, contextlib.suppress(OSError):
             while True:
