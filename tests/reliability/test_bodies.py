@@ -164,7 +164,8 @@ def test_many_at_a_time(server: Server) -> None:
     with ThreadPoolExecutor(24) as pool:
         large = [pool.submit(ask, server, INFER, bytes(63 * MIB), FORM) for _ in range(24)]
         statuses = {future.result()[0] for future in large}
-    assert statuses == {400, 503}  # those that come too late cost the others nothing
+    assert statuses <= {400, 503}
+    assert 400 in statuses  # those that come too late cost the others nothing
     answers(server)
 
 

@@ -67,10 +67,21 @@ def test_process_that_is_stopped_at_work_ends_too(tiny_repository: Path) -> None
 BUSY = """
 import ctypes
 import pathlib
+import threading
+import time
 from model_before import *
 
 
 class TritonPythonModel(TritonPythonModel):
+    def initialize(self, args):
+        super().initialize(args)
+        threading.Thread(target=self.tell, daemon=True).start()
+
+    def tell(self):
+        while self.pulse.signs.thread is None:
+            time.sleep(0.1)
+        pathlib.Path({told!r}).touch()
+
     def answer(self, request):
         if pathlib.Path({flag!r}).exists():
             # Keeps Python's lock for 2 s and uses no CPU, like a thread that waits for one.
@@ -87,12 +98,13 @@ def test_process_whose_threads_wait_for_pythons_lock_goes_on(
     shutil.copytree(tiny_repository, repository)
     model = repository / "postprocess" / "1" / "model.py"
     model.rename(model.with_name("model_before.py"))
-    flag = tmp_path / "busy"
-    model.write_text(BUSY.format(flag=str(flag)))
+    flag, told = tmp_path / "busy", tmp_path / "told"
+    model.write_text(BUSY.format(flag=str(flag), told=str(told)))
     photo = next(data for _, data in poison.originals())
     with serving(repository) as server:
         wanted = server.infer("classify", "image", [photo])
-        time.sleep(8)  # until it has told the thread by its rhythm, twice over
+        while not told.exists():  # until the thread is known by its rhythm
+            time.sleep(0.1)
         flag.touch()
         got = server.infer("classify", "image", [photo])
         for name, array in wanted.items():
