@@ -113,6 +113,15 @@ def test_nobody_reads_what_it_prints(tiny_repository: Path) -> None:
     assert "Exception" not in errors
 
 
+def test_nobody_can_have_what_it_says(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    with serving(tiny_repository, under=["sh", "-c", 'exec "$@" 2> /dev/full', "sh"]) as server:
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

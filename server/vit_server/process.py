@@ -44,8 +44,11 @@ _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 def say(text: str) -> None:
     """A line on standard error; on a full disk, or where nobody reads, it is no reason to end."""
-    with suppress(OSError):
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:
+        with suppress(OSError):  # Python tries again at exit, and fails for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class TritonProcess:

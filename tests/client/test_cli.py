@@ -127,10 +127,12 @@ def test_mistakes_are_one_clear_line(url: str, arguments: list[str], code: int, 
 
 
 def in_shell(url: str, line: str) -> "subprocess.CompletedProcess[str]":
+    # Where Python does not buffer, there is nothing left for it to write at its end.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     ran = subprocess.run(
         f"{COMMAND} {line}",
         shell=True,
-        env={**os.environ, "VIT_URL": url},
+        env={**env, "VIT_URL": url},
         capture_output=True,
         text=True,
         timeout=60,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 
@@ -10,8 +11,11 @@ def note(message: str) -> None:
     """Something to know."""
     # On a terminal, over the progress bar, which then draws itself anew below.
     clear = "\r\033[K" if sys.stderr.isatty() else ""
-    with contextlib.suppress(OSError):  # a full disk, or nobody reads it: the answers still count
+    try:
         print(f"{clear}vit-client: {message}", file=sys.stderr, flush=True)
+    except OSError:  # a full disk, or nobody reads it: the answers still count
+        with contextlib.suppress(OSError):  # Python tries again at exit, and fails for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def error(message: str) -> None:
