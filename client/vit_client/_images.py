@@ -114,8 +114,6 @@ def encode(image: ImageLike, size: tuple[int, int], most: int = 2**31 - 1) -> by
         image = image.as_py()
     if isinstance(image, ENCODED):
         data = bytes(image)
-        if _is_path(data):
-            raise Unusable("is a path as bytes: pass it as str")
     elif isinstance(image, (str, os.PathLike)):
         data = _read(os.fsdecode(image), most)
     elif words := mistaken(image):
@@ -183,10 +181,6 @@ def _read_whole(path: Any) -> bytes:
     except (OSError, KeyError, ValueError) as error:
         raise Unusable(str(error)) from None
     return data
-
-
-def _is_path(data: bytes) -> bool:
-    return len(data) < 4096 and b"\0" not in data and os.path.lexists(data)
 
 
 def _not_a_path(name: str) -> str:
