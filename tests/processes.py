@@ -3,9 +3,12 @@
 import ipaddress
 import re
 import struct
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
 
@@ -93,3 +96,11 @@ def listening(pid: int) -> set[tuple[int, str]]:
                 mapped = getattr(address, "ipv4_mapped", None)
                 found_sockets.add((int(port, 16), str(mapped or address)))
     return found_sockets
+
+
+def with_mounts(script: str) -> list[str]:
+    """A command that runs another, its further words, after a script with mounts of its own."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine has no namespaces for users")
+    return [*namespace, "sh", "-c", f'{script} && exec "$@"', "sh"]

@@ -25,6 +25,7 @@ from processes import (
     model_process,
     segments,
     tritonserver,
+    with_mounts,
     workspaces,
 )
 
@@ -243,21 +244,13 @@ def test_it_leaves_alone_what_other_servers_have_made(tiny_repository: Path) -> 
         assert len(errors.splitlines()) == 2, errors  # that it starts, and that it stops
 
 
-def namespace() -> list[str]:
-    """A command that runs another with mounts of its own."""
-    command = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this machine has no namespaces for users")
-    return command
-
-
 def cores(*files: tuple[str, str]) -> int:
     """As vit-server counts them, with these files in /sys/fs/cgroup."""
     lines = ["mount -t tmpfs tmpfs /sys/fs/cgroup", "mkdir /sys/fs/cgroup/cpu"]
     lines += [f"echo {text} > /sys/fs/cgroup/{name}" for name, text in files]
     code = "from vit_server import tritonserver; print(tritonserver.cores())"
-    script = " && ".join([*lines, f"exec {BIN}/python -c '{code}'"])
-    return int(subprocess.check_output([*namespace(), "sh", "-c", script], text=True))
+    command = [*with_mounts(" && ".join(lines)), BIN / "python", "-c", code]
+    return int(subprocess.check_output(command, text=True))
 
 
 def test_cores_are_those_of_the_quota() -> None:
@@ -276,9 +269,8 @@ def test_folder_that_cannot_be_used(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for option, words in (("noexec", "is mounted noexec"), ("size=1m", "cannot be written: No sp")):
         command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-        script = f'mount -t tmpfs -o {option} tmpfs {tmp_path} && exec "$@"'
         result = subprocess.run(
-            [*namespace(), "sh", "-c", script, "sh", *command],
+            [*with_mounts(f"mount -t tmpfs -o {option} tmpfs {tmp_path}"), *command],
             capture_output=True,
             text=True,
             timeout=120,

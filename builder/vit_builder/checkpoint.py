@@ -25,7 +25,7 @@ _LEGACY_NAMES = (
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
 )
 # What torch.compile, DataParallel and Lightning put before (or, of a part, between) the names.
-_WRAPPERS = re.compile(r"^(?:module|model|_forward_module)\.|\b_orig_mod\.")
+_WRAPPERS = re.compile(r"^(?:(?:module|model|_forward_module|_orig_mod)\.)+|\b_orig_mod\.")
 _CONFIG_FIELDS = {f.name for f in fields(ViTConfig)} - {"image_size", "num_classes", "norm_eps"}
 _TRAINING_ONLY = {"drop_path_rate"}  # config overrides that change nothing at inference
 # Mean and standard deviation of the published checkpoint, for models made here.
@@ -216,7 +216,7 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise CheckpointError(f"its state has {name!r} for the name of a parameter")
-        name = _unwrapped(name)
+        name = _WRAPPERS.sub("", name)
         for old, new in _LEGACY_NAMES:
             name = re.sub(old, new, name)
         if name in found:
@@ -236,12 +236,6 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{name} holds numbers that are not finite")
     return {name: found[name].float().contiguous() for name in expected}
-
-
-def _unwrapped(name: str) -> str:
-    while (shorter := _WRAPPERS.sub("", name)) != name:
-        name = shorter
-    return name
 
 
 def _skeleton(config: ViTConfig) -> dict[str, Tensor]:

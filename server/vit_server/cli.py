@@ -90,10 +90,7 @@ def _tell(ports: Ports, tls: Tls | None) -> None:
         f"metrics  http://{metrics}/metrics",
         "Ready: every model has answered. Ctrl-C stops.",
     ]
-    try:
-        print("\n".join(lines), flush=True)
-    except OSError:  # as in say(); and Python would try to write it again at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say("\n".join(lines), sys.stdout)
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:

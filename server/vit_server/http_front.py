@@ -18,10 +18,10 @@ however much is under way.
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import socket
 import threading
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 
@@ -66,8 +66,7 @@ class HttpFront:
         self._routes = routes
         self._max = max_request_bytes
         self._held = 0  # bytes of bodies that are in memory
-        self._busy: Counter[object] = Counter()  # connections, by requests
-        self._idle_since: dict[object, float] = {}
+        self._idle_since: dict[object, float] = {}  # of each connection; inf while it has a request
         self._session: ClientSession
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
@@ -123,7 +122,7 @@ class HttpFront:
         connections = [connection for server in servers for connection in server.connections]
         self._idle_since = {each: self._idle_since.get(each, now) for each in connections}
         for each in connections:
-            if each not in self._busy and now - self._idle_since[each] > IDLE_SECONDS:
+            if now - self._idle_since[each] > IDLE_SECONDS:
                 each.force_close()
 
     async def _expect(self, request: web.Request) -> web.StreamResponse | None:
@@ -140,7 +139,7 @@ class HttpFront:
         if not request.raw_path.startswith("/"):  # a whole URL, as proxies are asked
             return _error(400, "this is no proxy")
         body: list[bytes] = []
-        self._busy[request.protocol] += 1
+        self._idle_since[request.protocol] = math.inf
         try:
             refusal = await asyncio.wait_for(self._receive(request, body), BODY_SECONDS)
             if refusal:
@@ -157,7 +156,6 @@ class HttpFront:
             return _error(408, f"the body did not arrive within {BODY_SECONDS} s")
         finally:
             self._release(body)
-            self._busy -= Counter([request.protocol])  # and away where none is left
             self._idle_since[request.protocol] = asyncio.get_running_loop().time()
 
     async def _receive(self, request: web.Request, body: list[bytes]) -> web.StreamResponse | None:

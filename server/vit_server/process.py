@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from .tritonserver import ServerError
 
@@ -42,13 +43,14 @@ _LEFT, _BACKENDS = "python_env_*", 2
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
-def say(text: str) -> None:
-    """A line on standard error; on a full disk, or where nobody reads, it is no reason to end."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Write to standard error or `stream`. A full disk, or that nobody reads, is no reason to end."""
+    stream = stream or sys.stderr
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream, flush=True)
     except OSError:
         with suppress(OSError):  # Python tries again at exit, and fails for it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class TritonProcess:

@@ -56,6 +56,12 @@ def ask(
         connection.close()
 
 
+def connected(server: Server) -> socket.socket:
+    """To say what no HTTP library would."""
+    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=150)
+
+
 def answers(server: Server) -> None:
     status, body = ask(server, body=PHOTO, headers=FORM)
     assert status == 200
@@ -129,9 +135,8 @@ def test_gzip_counts_as_what_it_becomes(server: Server) -> None:
 
 def test_chunks_of_a_byte(server: Server) -> None:
     """Triton 2.51 keeps an address on the stack for each."""
-    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
-    head = f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nInference-Header-Content-Length: 0\r\n"
-    with socket.create_connection((host, int(port)), timeout=120) as connection:
+    head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nInference-Header-Content-Length: 0\r\n"
+    with connected(server) as connection:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         connection.sendall(b"1\r\na\r\n" * 700_000 + b"0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
@@ -140,9 +145,8 @@ def test_chunks_of_a_byte(server: Server) -> None:
 
 @pytest.mark.parametrize("head", ["GET /{} HTTP/1.1", "GET / HTTP/1.1\r\nX: {}", "{}"])
 def test_heads(server: Server, head: str) -> None:
-    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
     with (
-        socket.create_connection((host, int(port)), timeout=120) as connection,
+        connected(server) as connection,
         contextlib.suppress(BrokenPipeError, ConnectionResetError),
     ):
         connection.sendall(head.format("a" * 20 * MIB).encode() + b"\r\n\r\n")
@@ -152,9 +156,8 @@ def test_heads(server: Server, head: str) -> None:
 
 @pytest.mark.parametrize("start", ["GET http://192.0.2.1/", "OPTIONS *", "CONNECT 192.0.2.1:80"])
 def test_it_is_no_proxy(server: Server, start: str) -> None:
-    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=120) as connection:
-        connection.sendall(f"{start} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    with connected(server) as connection:
+        connection.sendall(f"{start} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 4")
     answers(server)
 
@@ -170,9 +173,8 @@ def test_many_at_a_time(server: Server) -> None:
 
 
 def test_slow_senders_hold_up_nobody(server: Server) -> None:
-    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
-    head = f"POST {INFER} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 60000000\r\n\r\nbody"
-    slow = [socket.create_connection((host, int(port)), timeout=120) for _ in range(200)]
+    head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nContent-Length: 60000000\r\n\r\nbody"
+    slow = [connected(server) for _ in range(200)]
     try:
         for connection in slow:
             connection.sendall(head.encode())
@@ -186,8 +188,7 @@ def test_connections_that_say_nothing(tiny_repository: Path) -> None:
     """More than there are files for: they cost others HTTP, until they end, but not gRPC."""
     files = ["prlimit", "--nofile=1024:1024"]
     with serving(tiny_repository, under=files) as server:
-        host, _, port = server.http_url.removeprefix("http://").rpartition(":")
-        silent = [socket.create_connection((host, int(port)), timeout=120) for _ in range(1100)]
+        silent = [connected(server) for _ in range(1100)]
         time.sleep(2)  # it looks at its processes
         assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
         for connection in silent:
@@ -198,21 +199,16 @@ def test_connections_that_say_nothing(tiny_repository: Path) -> None:
 
 
 def test_connections_end_that_go_on_saying_nothing(server: Server) -> None:
-    host, _, port = server.http_url.removeprefix("http://").rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=150) as connection:
+    with connected(server) as connection:
         connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost:")
         assert connection.recv(1) == b""
 
 
 def test_they_do_not_hold_up_its_end(tiny_repository: Path) -> None:
-    with serving(tiny_repository) as server:
-        host, _, port = server.http_url.removeprefix("http://").rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=120) as connection:
-            connection.sendall(
-                b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 60000000\r\n\r\nbody"
-            )
-            server.process.terminate()
-            assert server.process.wait(60) == 0
+    with serving(tiny_repository) as server, connected(server) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 60000000\r\n\r\nbody")
+        server.process.terminate()
+        assert server.process.wait(60) == 0
 
 
 def test_the_largest_message_of_grpc(server: Server) -> None:

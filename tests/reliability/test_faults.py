@@ -28,7 +28,15 @@ import pytest
 import torch
 from conftest import BIN, PHOTOS, Array, Server, png, serving
 from PIL import Image
-from processes import FREE_PORTS, descendants, gone, model_process, segments, tritonserver
+from processes import (
+    FREE_PORTS,
+    descendants,
+    gone,
+    model_process,
+    segments,
+    tritonserver,
+    with_mounts,
+)
 from torch import Tensor
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
@@ -196,11 +204,7 @@ def test_damage_while_it_serves_changes_no_answer(tiny_repository: Path, tmp_pat
 
 def small_shm(megabytes: int) -> list[str]:
     """A command that runs another with a /dev/shm of its own."""
-    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
-    if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this machine has no namespaces for users")
-    script = f'mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm && exec "$@"'
-    return [*namespace, "sh", "-c", script, "sh"]
+    return with_mounts(f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm")
 
 
 def test_dev_shm_too_small_to_start(tiny_repository: Path) -> None:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from typing import TextIO
+
+
+def drop(stream: TextIO) -> None:
+    """Forget what could not be written: Python tries again at exit, and fails for it."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def note(message: str) -> None:
@@ -14,8 +21,7 @@ def note(message: str) -> None:
     try:
         print(f"{clear}vit-client: {message}", file=sys.stderr, flush=True)
     except OSError:  # a full disk, or nobody reads it: the answers still count
-        with contextlib.suppress(OSError):  # Python tries again at exit, and fails for it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        drop(sys.stderr)
 
 
 def error(message: str) -> None:

@@ -8,6 +8,7 @@ import sys
 from typing import TextIO
 
 from ._common import CannotWrite, reason
+from ._report import drop
 
 
 class Enough(Exception):
@@ -48,8 +49,7 @@ class Output(io.TextIOBase):
         return self._stream.encoding
 
     def _told(self, error: OSError) -> Exception:
-        # Forget what could not be written: Python tries again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        drop(self._stream)
         if isinstance(error, BrokenPipeError):
             return Enough()
         return CannotPrint(f"standard output cannot be written ({reason(error)})")
