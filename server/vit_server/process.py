@@ -44,7 +44,7 @@ _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Write to standard error or `stream`; a full disk, or nobody who reads, is no reason to end."""
+    """Write to standard error or `stream`; a full disk, or no reader, is no reason to end."""
     stream = stream or sys.stderr
     try:
         print(text, file=stream, flush=True)
