@@ -61,7 +61,7 @@ clean:
 $(INSTALLED): constraints.txt find-python.sh */pyproject.toml
 	@python=$$(./find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
 	@echo "Installing into .venv: a minute where torch comes without CUDA, else several GB …"
-	$(PIP) install --quiet -c constraints.txt -e builder -e server -e 'client[all]'
+	$(PIP) install --quiet -c constraints.txt -e builder -e 'server[embedded]' -e 'client[all]'
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt tests/load/requirements.txt

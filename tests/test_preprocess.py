@@ -15,7 +15,7 @@ import pytest
 from conftest import GOLDENS
 from PIL import Image
 from reliability.poison import resized
-from vit_server import tritonserver
+from vit_server import installation
 
 PHOTOS = Path(__file__).parent.parent / "photos"
 
@@ -23,7 +23,7 @@ PHOTOS = Path(__file__).parent.parent / "photos"
 @pytest.fixture(scope="module")
 def preprocess() -> ModuleType:
     """model_repository/preprocess/1/model.py, beside Triton's own utilities."""
-    sys.path.append(str(tritonserver.find().python_backend))
+    sys.path.append(str(installation.find().python_backend))
     path = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1" / "model.py"
     sys.path.append(str(path.parent))  # as Triton does
     spec = importlib.util.spec_from_file_location("preprocess", path)

@@ -248,7 +248,7 @@ def cores(*files: tuple[str, str]) -> int:
     """As vit-server counts them, with these files in /sys/fs/cgroup."""
     lines = ["mount -t tmpfs tmpfs /sys/fs/cgroup", "mkdir /sys/fs/cgroup/cpu"]
     lines += [f"echo {text} > /sys/fs/cgroup/{name}" for name, text in files]
-    code = "from vit_server import tritonserver; print(tritonserver.cores())"
+    code = "from vit_server import installation; print(installation.cores())"
     command = [*with_mounts(" && ".join(lines)), BIN / "python", "-c", code]
     return int(subprocess.check_output(command, text=True))
 

@@ -9,71 +9,90 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import probe, repository, tritonserver
+from . import installation, memory, probe, repository, tritonserver
 from .http_front import HttpFront
 from .process import STOPS, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
+from .workspace import workspace
 
 
 def main() -> None:
     """Entry point of the command."""
     parser = _parser()
-    args = parser.parse_args()
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser.parse_args(words[:cut])
     if bool(args.tls_certificate) != bool(args.tls_key) or (
         args.tls_client_ca and not args.tls_key
     ):
         parser.error("TLS needs both --tls-certificate and --tls-key")
-    try:
-        sys.exit(serve(args))
-    except ServerError as e:
-        sys.exit(f"vit-server: {e}")
+    for tries_left in (2, 1, 0):
+        try:
+            sys.exit(serve(args, words[cut + 1 :]))
+        except ServerError as e:
+            again = isinstance(e, probe.Stalled) and tries_left and not memory.told()
+            said = f"vit-server: {e}{memory.told()}"
+            if not again:
+                sys.exit(said)
+            say(f"{said}; starting it again")
 
 
-def serve(args: argparse.Namespace) -> int:
-    """Run tritonserver until it ends; its exit code. Raises ServerError where it cannot start."""
+def serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
+    """Run tritonserver, with further flags of its own, until it ends; the exit code.
+
+    Raises:
+        ServerError: it cannot start, or a model's process has ended.
+    """
     for number in STOPS:
         signal.signal(number, _leave)  # until there is a tritonserver to stop
     allow_all_files()  # here, where HTTP comes in, and in tritonserver
     repository.check(args.model_repository)
     tls = _tls(args)
-    installation = tritonserver.find()
-    shm_prefix = f"{tritonserver.SEGMENTS}{os.getpid()}_"
-    with tritonserver.workspace() as folder, contextlib.ExitStack() as opened:
+    found = installation.find(getattr(args, "tritonserver", None))
+    with workspace() as own, contextlib.ExitStack() as opened:
         ports = reserve_ports(args, opened)
-        tritonserver.prepare(installation, folder)
-        models = folder / "models"
+        backends = installation.prepare(found, own.folder)
+        models = own.folder / "models"
         repository.snapshot(args.model_repository.resolve(), models)
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
-        age, key = args.grpc_max_connection_age, secrets.token_hex(16)
+        key = os.environ.get("VIT_ADMIN_KEY") or secrets.token_hex(16)
+        flags = [*tritonserver.log_flags(args.verbose), *flags]
+        age = args.grpc_max_connection_age
         command = tritonserver.command(
-            installation, folder, ports, tls, age, key, shm_prefix, args.verbose
+            found.binary, backends, models, own.shm_prefix, ports, tls, age, key, flags
         )
-        env = tritonserver.environment(installation)
+        env = installation.environment(found)
         # preprocess looks there how much waits for vit.
         env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
-        process = TritonProcess(command, env, shm_prefix, args.verbose)
+        process = TritonProcess(command, env, found.python_models, args.verbose)
         try:
-            say("Starting tritonserver …")
-            probe.wait_until_answering(process, ports, key)
-            if process.stopping:
-                return process.stop()
-            process.ready()
-            _tell(ports, tls)
-            process.watch(models)
-            if process.stopping:
-                say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
-                drained = probe.drain(process, ports, models)
-                if not drained and not process.hurried:
-                    say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
-                return process.stop() or int(not drained)
-            code = process.stop()
+            return _run(process, ports, tls, models, key)
         finally:
             opened.close()  # its connections take the files that the rest needs
             process.close()
-    say(f"vit-server: tritonserver has ended, exit code {code}")
-    return code
+
+
+def _run(process: TritonProcess, ports: Ports, tls: Tls | None, models: Path, key: str) -> int:
+    """Until it has ended, or was told to and has answered what it had; the exit code."""
+    say("Starting tritonserver …")
+    probe.wait_until_answering(process, ports, key)
+    if process.stopping:
+        return process.stop()
+    process.ready()
+    _tell(ports, tls)
+    process.watch(models)
+    if not process.stopping:
+        code = process.stop()
+        say(f"vit-server: tritonserver has ended, exit code {code}{memory.told()}")
+        return code
+    say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
+    drained = probe.drain(process, ports, models)
+    if not drained and not process.hurried:
+        say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
+    return process.stop() or int(not drained)
 
 
 def _leave(*_: object) -> None:
@@ -175,12 +194,17 @@ def _seconds(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-server",
+        usage="%(prog)s --model-repository DIR [options] [-- --triton-flag …]",
         description="Serve a model repository with the real tritonserver, in the foreground, until "
         "Ctrl-C or SIGTERM, which let what was accepted be answered (a second one does not). Takes "
         "the GPU where there is one. Exit codes: 0 stopped as asked; 1 it could not start, a "
         "model's process has ended, or not all was answered; 130 stopped at once; else "
         "tritonserver's.",
-        epilog="Threads: OMP_NUM_THREADS in the environment, or all cores this process may use.",
+        epilog="What follows -- goes to tritonserver as it is (tritonserver --help). In the "
+        "environment: OMP_NUM_THREADS, else threads for all cores this process may use; "
+        "VIT_ADMIN_KEY, which opens the calls that are closed (shared memory, model repository, "
+        "trace, logging) to those who send it as the header vit-admin-key over HTTP, or "
+        "triton-grpc-protocol-vit-admin-key over gRPC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -190,6 +214,14 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         metavar="DIR",
         help="what vit-builder wrote",
+        default=argparse.SUPPRESS,
+    )
+    add(
+        "--tritonserver",
+        type=Path,
+        metavar="DIR",
+        help="take the tritonserver in there, with its backends python and pytorch; without this "
+        "NVIDIA's, in /opt/tritonserver, or the one of the extra vit-server[embedded]",
         default=argparse.SUPPRESS,
     )
     add(

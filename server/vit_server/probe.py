@@ -4,6 +4,7 @@ Over HTTP, which has no TLS in Triton and so needs no certificate of a client.
 """
 
 import json
+import re
 import struct
 import time
 import urllib.error
@@ -23,8 +24,16 @@ GRAY_PIXEL = b"P6 1 1 255\n\x80\x80\x80"  # a whole image, in PPM
 START_SECONDS = 600
 DRAIN_SECONDS = 30
 
+# Triton's words where a model's process has been silent for a second. On a machine that busy it is
+# the first answer that meets it.
+STALLED = re.compile("Stub process .* is not healthy")
+
 # A proxy from the environment must not come between two processes of one machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Stalled(ServerError):
+    """A model's process got no CPU for a second, which Triton takes for its end."""
 
 
 def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None:
@@ -32,6 +41,10 @@ def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None
 
     READY alone proves little: a model can be ready and fail on every request. And another server
     may have taken the port in the last moment: only ours opens a closed call to that `key`.
+
+    Raises:
+        Stalled: it may do on a second try.
+        ServerError: it has ended, or a model does not answer.
     """
     deadline = time.monotonic() + START_SECONDS
     while not process.stopping and not (
@@ -102,7 +115,8 @@ def _infer(ports: Ports, ensemble: str, output: str) -> None:
             numbers = np.frombuffer(body[start:], triton_to_np_dtype(datatype))
     except urllib.error.HTTPError as e:
         reason = json.loads(e.read())["error"]
-        raise ServerError(f"{ensemble} is loaded but does not answer: {reason}") from e
+        kind = Stalled if STALLED.search(reason) else ServerError
+        raise kind(f"{ensemble} is loaded but does not answer: {reason}") from e
     except OSError as e:
         raise ServerError(f"{ensemble} is loaded but does not answer: {e}") from e
     if not np.isfinite(numbers).all():

@@ -35,9 +35,9 @@ _LOAD_FAILURE = re.compile(
 # The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
 
-# Triton's Python backend makes one of these for each backend (python, pytorch), always there, and
-# leaves it, empty, where it is ended before its own end.
-_LEFT, _BACKENDS = "python_env_*", 2
+# Triton's Python backend makes one of these for each backend that it is (python; pytorch, in the
+# embedded server), always there, and leaves it, empty, where it is ended before its own end.
+_LEFT = "python_env_*"
 
 # Errors that say nothing: that there is no GPU, and that it ended.
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
@@ -62,9 +62,9 @@ class TritonProcess:
     """
 
     def __init__(
-        self, command: list[str], env: dict[str, str], shm_prefix: str, verbose: bool
+        self, command: list[str], env: dict[str, str], python_models: set[str], verbose: bool
     ) -> None:
-        self.shm_prefix = shm_prefix
+        self._python_models = python_models
         self.signals: list[float] = []  # when it was told to stop
         self._log: deque[str] = deque(maxlen=1000)
         self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
@@ -72,6 +72,7 @@ class TritonProcess:
         for number in STOPS:
             signal.signal(number, self._on_signal)
         self._left: set[Path] = set()
+        self._settled = threading.Event()  # no more folders of its own will come
         # Stubs that outlive tritonserver become children of this process, which ends them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         starting = _alone()
@@ -112,8 +113,9 @@ class TritonProcess:
             ServerError: one of them has ended since it answered.
         """
         self._quiet = False
+        self._settled.set()
         self._stubs = _stubs(self._child.pid)
-        for model in {"preprocess", "vit", "postprocess"} - set(self._stubs.values()):
+        for model in self._python_models - set(self._stubs.values()):
             raise ServerError(f"the process of the model '{model}' has ended")
 
     def failure(self) -> ServerError:
@@ -167,8 +169,6 @@ class TritonProcess:
         self._child.wait()
         self._end_orphans()
         self._reader.join(timeout=5)  # their last words, before what this process says of it
-        for segment in Path("/dev/shm").glob(f"{self.shm_prefix}*"):
-            segment.unlink(missing_ok=True)
         self._claimer.join()
         for folder in self._left:
             with suppress(OSError):  # not empty, or another user's
@@ -184,12 +184,12 @@ class TritonProcess:
         """
         if starting is None:
             return
-        while len(self._left) < _BACKENDS:
-            exited = self.exited()
+        backends = 2 if "vit" in self._python_models else 1  # that are the Python backend
+        settled = False
+        while len(self._left) < backends and not settled:
+            settled = self.exited() or self._settled.is_set()
             self._left = set(Path("/tmp").glob(_LEFT)) - others
-            if exited:
-                break
-            time.sleep(0.05)
+            self._settled.wait(0.05)
         os.close(starting)
 
     def _read_log(self) -> None:

@@ -3,6 +3,7 @@
 import compileall
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from .http_front import MAX_REQUEST_BYTES
+from .installation import reason
 from .probe import ENSEMBLES
-from .tritonserver import ServerError, reason
+from .tritonserver import ServerError
 
 MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
 REPORT = "build_report.json"
@@ -20,6 +22,13 @@ BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")  # with their digests in 
 
 def check(repository: Path) -> None:
     """Raise ServerError unless `repository` has all our models and the builder's files."""
+    try:
+        _check(repository)
+    except PermissionError as e:
+        raise ServerError(f"{e.filename} cannot be read: {e.strerror} (uid {os.getuid()})") from e
+
+
+def _check(repository: Path) -> None:
     if not repository.is_dir():
         raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
     wanted = (*BUILT, REPORT, *(f"{model}/config.pbtxt" for model in MODELS))

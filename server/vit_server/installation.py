@@ -1,0 +1,162 @@
+"""Where tritonserver and its backends are: NVIDIA's, or those of the nvidia-pytriton wheel."""
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from .tritonserver import ServerError
+
+NVIDIA = Path("/opt/tritonserver")  # in its container images
+OUR_BACKENDS = Path(__file__).parent / "backends"
+_LIBTORCH = "libtriton_pytorch.so"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver. Those of NVIDIA's have their backends beside them; the wheel has parts."""
+
+    binary: Path
+    python_backend: Path  # folder with libtriton_python.so
+    backends: Path | None  # all that are needed; None where `prepare` is to lay them out
+    stub: Path | None  # the process a Python model runs in, where it does not lie in python_backend
+    libraries: Path | None  # that the binary would not find
+
+    @property
+    def python_models(self) -> set[str]:
+        """The models that run in processes of their own."""
+        cpp = self.backends and (self.backends / "pytorch" / _LIBTORCH).exists()
+        return {"preprocess", "postprocess"} | (set() if cpp else {"vit"})
+
+
+def find(root: Path | None = None) -> Installation:
+    """The tritonserver in `root`; without it NVIDIA's where that is installed, else the wheel's.
+
+    Raises:
+        ServerError: there is none, or it lacks a part.
+    """
+    if root is None and (NVIDIA / "bin" / "tritonserver").exists():
+        root = NVIDIA
+    return _embedded() if root is None else _nvidia(root)
+
+
+def _nvidia(root: Path) -> Installation:
+    binary, backends = root / "bin" / "tritonserver", root / "backends"
+    for path in (binary, backends / "python", backends / "pytorch"):
+        if not path.exists():
+            raise ServerError(
+                f"{root} has no {path.relative_to(root)}: it takes a tritonserver with the "
+                "backends python and pytorch, as in NVIDIA's container images"
+            )
+    return Installation(binary, backends / "python", backends, stub=None, libraries=None)
+
+
+def _embedded() -> Installation:
+    spec = find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError(
+            f"no tritonserver: neither in {NVIDIA}, as in NVIDIA's container images, nor in a "
+            "wheel, which `pip install 'vit-server[embedded]'` brings for Python 3.10 to 3.12; "
+            "--tritonserver DIR names another"
+        )
+    package = Path(spec.origin).parent
+    root = package / "tritonserver"
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
+    libraries = package.parent / "nvidia_pytriton.libs"
+    binary, python_backend = root / "bin" / "tritonserver", root / "backends" / "python"
+    for path in (binary, python_backend, stub, libraries):
+        if not path.exists():
+            raise ServerError(
+                f"nvidia-pytriton has no {path}: is it 0.7.0, on Python 3.10 to 3.12?"
+            )
+    if not _has_libpython():
+        raise ServerError(
+            f"Triton's Python models need the shared library of Python {python}, and "
+            f"{sys.executable} has none: on Debian and Ubuntu `apt-get install libpython{python}`"
+        )
+    return Installation(binary, python_backend, None, stub, libraries)
+
+
+def prepare(installation: Installation, folder: Path) -> Path:
+    """The folder of backends, python and pytorch, for tritonserver. Raises ServerError.
+
+    Those of the wheel are copies (4 MB) in `folder`: Triton refuses one whose library is a link out
+    of its folder, and looks for the stub beside the library, where the wheel does not have it.
+    """
+    if installation.backends:
+        return installation.backends
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise ServerError(
+            f"{folder.parent} is mounted noexec, and Triton's backends are executed from there: "
+            "set TMPDIR to another folder, or mount it with exec (docker run --tmpfs /tmp:exec)"
+        )
+    backends = folder / "backends"
+    try:
+        shutil.copytree(installation.python_backend, backends / "python")
+        shutil.copy(installation.stub or "", backends / "python")
+        shutil.copytree(OUR_BACKENDS / "pytorch", backends / "pytorch")
+    except OSError as e:
+        raise ServerError(
+            f"{folder.parent} cannot be written: {reason(e)}; it takes a copy of the model "
+            "repository and 4 MB more: set TMPDIR to another folder"
+        ) from e
+    return backends
+
+
+def reason(error: OSError) -> str:
+    """Why a file, or one of several, could not be copied."""
+    if not isinstance(error, shutil.Error):
+        return error.strerror or str(error)
+    first = str(error.args[0][0][2])  # its own list, where the text has the names once more
+    found = re.match(r"\[Errno \d+\] ([^:]+)", first)
+    return found[1] if found else first
+
+
+def environment(installation: Installation) -> dict[str, str]:
+    """The environment for tritonserver: its libraries, this Python for its stubs, and threads."""
+    env = dict(os.environ)
+    if installation.libraries:
+        libpython = sysconfig.get_config_var("LIBDIR") or ""
+        paths = [str(installation.libraries), libpython, env.get("LD_LIBRARY_PATH", "")]
+        env["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
+    # The stub embeds an interpreter that ignores PYTHONPATH and takes the virtual environment of
+    # the first `python3` on the PATH.
+    env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
+    env.setdefault("OMP_NUM_THREADS", str(cores()))
+    # Without a limit OpenMP's threads spin while they wait, which collapses when `preprocess`
+    # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
+    env.setdefault("GOMP_SPINCOUNT", "10000")
+    return env
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity, and its cgroup's CPU quota where it has one."""
+    count = len(os.sched_getaffinity(0))
+    cgroups = Path("/sys/fs/cgroup")
+    files = [[cgroups / "cpu.max"]]  # version 2 of cgroups has both numbers in one file
+    files += [[cgroups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]]
+    for pair in files:
+        if all(file.is_file() for file in pair):
+            quota, period = " ".join(file.read_text() for file in pair).split()
+            if quota not in ("max", "-1"):  # none
+                count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
+
+
+def _has_libpython() -> bool:
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    folder = Path(sysconfig.get_config_var("LIBDIR") or "/nonexistent")
+    if (folder / name).exists():
+        return True
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return False
+    return True
