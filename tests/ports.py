@@ -28,13 +28,3 @@ def wait_for(url: str, process: subprocess.Popen[Any], seconds: float = 120) -> 
             return
         time.sleep(0.1)
     pytest.fail(f"no answer from {url}; exit code: {process.poll()}")
-
-
-def front(http: int, metrics: int) -> dict[str, str]:
-    """What serve.sh is told, for HTTP and metrics to be there."""
-    behind = free_ports(2)
-    return {
-        "VIT_FRONT": f"127.0.0.1:{http}={behind[0]} 127.0.0.1:{metrics}={behind[1]}",
-        "VIT_FRONT_PY": str(ROOT / "docker" / "front.py"),
-        "PYTHONPATH": str(ROOT / "server" / "vit_server"),  # in the image all lie together
-    }

@@ -1,4 +1,7 @@
-"""What runs in the containers, on this machine: docker/serve.sh around the wheel's tritonserver."""
+"""NVIDIA's image without the image: the wheel's tritonserver, laid out as theirs is.
+
+Its `pytorch` is the Python-based backend, where theirs is in C++.
+"""
 
 import contextlib
 import os
@@ -13,82 +16,80 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ports import free_ports, front, wait_for
-from vit_server import tritonserver
+from conftest import Server, serving
+from ports import free_ports, wait_for
+from vit_server import installation
 
 DOCKER = Path(__file__).parents[2] / "docker"
 
 
-@dataclass(frozen=True)
-class Container:
-    """A running serve.sh with its tritonserver."""
-
-    process: subprocess.Popen[bytes]
-    http_url: str
-    metrics_url: str
-
-    def stubs(self, model: str) -> list[int]:
-        """The processes of a Python model."""
-        lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in _children(self.triton)}
-        found = [pid for pid, line in lines.items() if f"/models/{model}/1/" in line]
-        assert found
-        return found
-
-    @property
-    def triton(self) -> int:
-        for pid in _children(self.process.pid):  # and a `sleep`
-            with contextlib.suppress(FileNotFoundError):
-                if Path(f"/proc/{pid}/exe").readlink().name == "tritonserver":
-                    return pid
-        raise AssertionError("no tritonserver")
-
-    def kill_front(self) -> None:
-        """End what passes HTTP on."""
-        for pid in _children(self.process.pid):
-            if "front.py" in Path(f"/proc/{pid}/cmdline").read_text():
-                os.kill(pid, signal.SIGKILL)
-
-    def kill_stub(self, model: str) -> None:
-        """End the processes of a Python model, and let nobody notice."""
-        self.process.send_signal(signal.SIGSTOP)
-        for stub in self.stubs(model):
-            os.kill(stub, signal.SIGKILL)
-
-
-def _children(pid: int) -> list[int]:
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in files for child in file.read_text().split()]
+@contextlib.contextmanager
+def nvidia() -> Iterator[tuple[Path, dict[str, str]]]:
+    """A folder like /opt/tritonserver, and the variables that the image would set."""
+    wheel = installation.find()
+    with tempfile.TemporaryDirectory(prefix="tritonserver-") as name:
+        folder = Path(name)
+        (folder / "bin").mkdir()
+        (folder / "bin" / "tritonserver").symlink_to(wheel.binary)
+        installation.prepare(wheel, folder)
+        env = installation.environment(wheel)
+        yield folder, {name: env[name] for name in ("LD_LIBRARY_PATH", "PATH")}
 
 
 @contextlib.contextmanager
-def container(
-    repository: Path, metrics: int | None = None, **variables: str
-) -> Iterator[Container]:
-    """Start it on free ports, with these environment variables added; stop it at the end."""
-    installation = tritonserver.find()
+def container(repository: Path, *arguments: str, **variables: str) -> Iterator[Server]:
+    """vit-server around it, with these environment variables added."""
+    with nvidia() as (folder, env):
+        under = ["env", *(f"{name}={value}" for name, value in {**env, **variables}.items())]
+        options = ["--tritonserver", str(folder), *arguments]
+        with serving(repository, *options, errors=True, under=under) as server:
+            yield server
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A tritonserver that nobody supervises."""
+
+    process: subprocess.Popen[bytes]
+    grpc_url: str
+    http_url: str
+    metrics_url: str
+
+    def kill_stub(self, model: str) -> None:
+        """End the processes of a Python model: Triton does not start them again."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        pids = [int(pid) for file in children for pid in file.read_text().split()]
+        lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+        stubs = [pid for pid, line in lines.items() if f"/models/{model}/1/" in line]
+        assert stubs
+        for stub in stubs:
+            os.kill(stub, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def plain_triton(repository: Path, metrics: int | None = None) -> Iterator[Triton]:
+    """`tritonserver --model-repository …`, as somebody's own Triton would serve ours."""
     http, grpc, free = free_ports(3)
     metrics = metrics or free
-    with tempfile.TemporaryDirectory(prefix="container-") as backends:
-        python = shutil.copytree(installation.python_backend, Path(backends, "python"))
-        shutil.copy(installation.stub, python)
-        shutil.copytree(tritonserver.OUR_BACKENDS / "pytorch", Path(backends, "pytorch"))
-        env = tritonserver.environment(installation)
-        env["PATH"] = f"{installation.binary.parent}:{env['PATH']}"
-        env["MODEL_REPOSITORY"] = str(repository)
-        env |= front(http, metrics)
-        command = [DOCKER / "serve.sh", f"--backend-directory={backends}"]
-        command += ["--grpc-address=127.0.0.1", f"--grpc-port={grpc}", "--log-info=false"]
-        with subprocess.Popen(command, env={**env, **variables}, start_new_session=True) as process:
+    segments = f"plain_{os.getpid()}_{grpc}_"
+    with nvidia() as (folder, env):
+        command = [folder / "bin" / "tritonserver", f"--model-repository={repository}"]
+        command += [f"--backend-directory={folder / 'backends'}", "--log-info=false"]
+        command += [f"--grpc-port={grpc}", f"--http-port={http}", f"--metrics-port={metrics}"]
+        command += [f"--backend-config=python,shm-region-prefix-name={segments}"]
+        env = {**os.environ, **env, "VIT_METRICS": f"127.0.0.1:{metrics}"}
+        with subprocess.Popen(command, env=env, start_new_session=True) as process:
             url = f"http://127.0.0.1:{http}"
             try:
                 wait_for(f"{url}/v2/health/ready", process)
-                yield Container(process, url, f"http://127.0.0.1:{metrics}/metrics")
+                metrics_url = f"http://127.0.0.1:{metrics}/metrics"
+                yield Triton(process, f"127.0.0.1:{grpc}", url, metrics_url)
             finally:
                 # All of them; where a stub has died, tritonserver's own way takes 30 s.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait(60)
-                for segment in Path("/dev/shm").glob(f"vit-{process.pid}-*"):
+                for segment in Path("/dev/shm").glob(f"{segments}*"):
                     segment.unlink()
 
 

@@ -1,7 +1,6 @@
 """The images: their files against linter and schema, and what they run, run."""
 
 import ast
-import os
 import re
 import signal
 import subprocess
@@ -17,7 +16,9 @@ import pytest
 import torch
 import yaml
 from conftest import BIN, PHOTOS, Server
-from container import DOCKER, container, copy, health, post
+from container import DOCKER, container, copy, health, plain_triton, post
+from processes import segments, tritonserver, workspaces
+from vit_client import Client
 
 ROOT = DOCKER.parent
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
@@ -71,8 +72,8 @@ def test_what_is_installed_is_mounted_whole() -> None:
 
 
 def test_what_the_models_import_is_installed() -> None:
-    """In NVIDIA's image; in the other it comes with vit-server."""
-    imported = {"aiohttp"}  # by what passes HTTP on
+    """In NVIDIA's image there is what vit-server itself needs, and no torch."""
+    imported = set()
     for path in (ROOT / "model_repository").glob("*/1/*.py"):
         siblings = {other.stem for other in path.parent.glob("*.py")}
         for node in ast.walk(ast.parse(path.read_text())):
@@ -83,12 +84,15 @@ def test_what_the_models_import_is_installed() -> None:
             else:
                 continue
             imported |= names - siblings - sys.stdlib_module_names
+    imported -= {"triton_python_backend_utils"}
     wanted = {name.lower().replace("pil", "pillow") for name in imported}
-    gpu = (DOCKER / "Dockerfile").read_text().split(" AS gpu\n")[1]
-    installed = re.findall(r"pip install .* -c constraints.txt (.*)", gpu)[0].split()
-    assert {*installed, "triton_python_backend_utils"} == wanted
-    needed = (ROOT / "server" / "pyproject.toml").read_text()
-    assert all(f'"{name}>=' in needed for name in installed)
+    project = (ROOT / "server" / "pyproject.toml").read_text()
+    needed = set(re.findall(r'"([\w-]+)', project.split("\ndependencies = [")[1].split("\n]")[0]))
+    assert wanted <= needed
+    assert not {"torch", "nvidia-pytriton"} & needed
+    gpu = (DOCKER / "Dockerfile").read_text().split(" AS gpu\n")[1].split("\nFROM ")[0]
+    assert "./server" in gpu
+    assert "embedded" not in gpu
 
 
 def test_compose_schema() -> None:
@@ -125,7 +129,7 @@ def test_health_of_no_server() -> None:
 
 @pytest.mark.parametrize("dead", ["preprocess", "postprocess"])
 def test_health_sees_a_dead_model_that_triton_does_not(tiny_repository: Path, dead: str) -> None:
-    with container(tiny_repository) as server:
+    with plain_triton(tiny_repository) as server:
         assert health(server.http_url) == (0, "")
         server.kill_stub(dead)
         code, said = health(server.http_url)
@@ -141,10 +145,21 @@ def test_health_sees_numbers_that_are_none(tiny_repository: Path, tmp_path: Path
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     torch.jit.save(model, file)
-    with container(repository) as server:
+    with plain_triton(repository) as server:
         code, said = health(server.http_url)
     assert code == 1
     assert said == "embed: embedding has numbers that are not finite\n"
+
+
+def test_a_plain_tritonserver_serves_the_repository(
+    tiny_repository: Path, tiny_server: Server
+) -> None:
+    """Somebody's own Triton, or KServe's runtime: without vit-server, with the same numbers."""
+    with plain_triton(tiny_repository) as server, Client(server.grpc_url) as client:
+        photo = PHOTOS / "coffee.jpg"
+        with Client(tiny_server.url) as ours:
+            assert (client.embed(photo) == ours.embed(photo)).all()
+            assert client.classify(photo) == ours.classify(photo)
 
 
 def test_what_nobody_needs_is_closed(tiny_repository: Path, tiny_server: Server) -> None:
@@ -160,30 +175,30 @@ def test_what_nobody_needs_is_closed(tiny_repository: Path, tiny_server: Server)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stops_when_it_is_told_to(tiny_repository: Path, number: signal.Signals) -> None:
     with container(tiny_repository) as server:
+        pid = server.process.pid
         server.process.send_signal(number)
         assert server.process.wait(60) == 0
+        assert not segments(pid)
+        assert not workspaces(pid)
 
 
-def test_ends_when_one_process_of_a_model_has_ended(
-    tiny_repository: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with container(tiny_repository) as server:
-        one, _other = server.stubs("preprocess")
-        time.sleep(3)  # it looks every second
-        os.kill(one, signal.SIGKILL)
-        assert server.process.wait(60) == 1
-    said = f"serve.sh: the process of a Python model has ended (pid {one}), so the server ends\n"
-    assert said in capfd.readouterr().err
+def test_flags_are_passed_on(tiny_repository: Path) -> None:
+    with container(tiny_repository, "--", "--metrics-interval-ms=60000", "--log-info=1") as server:
+        command = Path(f"/proc/{tritonserver(server.process.pid)}/cmdline").read_text()
+        assert command.split("\0")[-3:-1] == ["--metrics-interval-ms=60000", "--log-info=1"]
+        server.process.terminate()
+        assert "Found 0 live models" in server.process.communicate()[1]
 
 
-def test_exit_code_of_a_model_that_does_not_load(
-    tiny_repository: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    repository = copy(tiny_repository, tmp_path)
-    (repository / "postprocess" / "1" / "model.py").write_text("raise ValueError('told')")
-    with pytest.raises(pytest.fail.Exception, match="exit code: 1"), container(repository):
-        pass
-    assert "ValueError: told" in capfd.readouterr().err
+def test_an_incomplete_tritonserver(tiny_repository: Path, tmp_path: Path) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository]
+    command += ["--tritonserver", tmp_path]
+    (tmp_path / "bin").mkdir()
+    for missing in ("bin/tritonserver", "backends/python", "backends/pytorch"):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"vit-server: {tmp_path} has no {missing}: it takes ")
+        (tmp_path / missing).mkdir(parents=True)
 
 
 def slow(repository: Path, folder: Path, seconds: int) -> Path:
@@ -199,7 +214,7 @@ def slow(repository: Path, folder: Path, seconds: int) -> Path:
 def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
     """A probe that waits for longer than it can, behind others that are answered."""
     with (
-        container(slow(tiny_repository, tmp_path, 4)) as server,
+        plain_triton(slow(tiny_repository, tmp_path, 4)) as server,
         ThreadPoolExecutor(125) as askers,
     ):
         embed = f"{server.http_url}/v2/models/embed/infer"
@@ -219,7 +234,7 @@ def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
 
 
 def test_health_of_a_hung_server(tiny_repository: Path, tmp_path: Path) -> None:
-    with container(slow(tiny_repository, tmp_path, 1000)) as server:
+    with plain_triton(slow(tiny_repository, tmp_path, 1000)) as server:
         assert health(server.http_url) == (1, "embed: no answer in 10 s, to anybody\n")
 
 
@@ -231,9 +246,3 @@ def test_no_body_ends_it(tiny_repository: Path) -> None:
         assert post(server.metrics_url, bytes(20_000_000)) == 405
         assert post(embed, bytes(70_000_000)) == 413
         assert post(embed, PHOTO) == 200
-
-
-def test_ends_with_what_passes_http_on(tiny_repository: Path) -> None:
-    with container(tiny_repository) as server:
-        server.kill_front()
-        assert server.process.wait(60) == 1

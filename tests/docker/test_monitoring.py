@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PHOTOS, Server
-from container import container, copy, health, post
+from container import copy, health, plain_triton, post
 from ports import free_ports
 from prometheus import MONITORING, Prometheus, program, prometheus
 
@@ -147,7 +147,7 @@ def test_a_full_queue_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path
     assert count == 1
     config.write_text(changed)
     with (
-        container(repository) as server,
+        plain_triton(repository) as server,
         prometheus(server.metrics_url, cache, tmp_path) as watching,
         load(server.http_url, threads=16) as answers,
     ):
@@ -165,7 +165,7 @@ def test_a_full_queue_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path
 def test_a_dead_model_is_seen(
     tiny_repository: Path, cache: Path, tmp_path: Path, dead: str
 ) -> None:
-    with container(tiny_repository) as server:
+    with plain_triton(tiny_repository) as server:
         server.kill_stub(dead)
         with prometheus(server.metrics_url, cache, tmp_path) as watching:
             watching.wait('up{job="vit"}', lambda value: value == 1)
@@ -179,7 +179,7 @@ def test_a_restart_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -
     served = 'sum(nv_inference_request_success{model="preprocess"})'
     with prometheus(f"http://127.0.0.1:{port}/metrics", cache, tmp_path) as watching:
         for requests in (5, 1):
-            with container(tiny_repository, port) as server:
+            with plain_triton(tiny_repository, port) as server:
                 for _ in range(requests):
                     assert post(f"{server.http_url}/v2/models/embed/infer", PHOTO) == 200
                 watching.wait(served, lambda value, requests=requests: value == requests)
