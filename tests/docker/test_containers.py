@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import BIN, PHOTOS, Server
-from container import DOCKER, container, copy, health, plain_triton, post
+from nvidia import DOCKER, container, copy, health, plain_triton, post
 from processes import segments, tritonserver, workspaces
 from vit_client import Client
 

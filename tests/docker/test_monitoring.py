@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import PHOTOS, Server
-from container import copy, health, plain_triton, post
+from nvidia import copy, health, plain_triton, post
 from ports import free_ports
 from prometheus import MONITORING, Prometheus, program, prometheus
 

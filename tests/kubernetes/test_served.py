@@ -1,23 +1,22 @@
 """What the manifests run, run on this machine: their arguments, flags and scripts."""
 
 import contextlib
-import os
 import shutil
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import BIN, GOLDENS, PHOTOS, Server, serving
 from load import inputs, perf_analyzer
-from ports import free_ports, front
+from nvidia import container
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 from vit_client import Client, Unavailable
-from vit_server import cli, tritonserver
+from vit_server import cli
 
 from . import rendered
 from .rendered import FOLDER, ROOT, Object, find
@@ -25,94 +24,52 @@ from .rendered import FOLDER, ROOT, Object, find
 KEY = "0123456789abcdef"
 
 
-@dataclass(frozen=True)
-class Pod:
-    """A running server, by the arguments of its container."""
-
-    grpc: int
-    http: int
-
-    def status(self, path: str, **headers: str) -> int:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.http}/v2/{path}", headers=headers)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                code: int = response.status
-                return code
-        except urllib.error.HTTPError as e:
-            return e.code
-
-
 @contextlib.contextmanager
-def running(objects: list[Object], repository: Path, folder: Path, **places: str) -> Iterator[Pod]:
-    """The GPU server's container without its image: docker/serve.sh and the wheel's tritonserver.
+def running(
+    objects: list[Object], repository: Path, **places: str
+) -> Iterator[tuple[Server, Object]]:
+    """A pod's server by the arguments of its container, and what that container is.
 
     Args:
-        places: files of the image or a volume, and where they are here.
+        places: files of a volume, and where they are here.
     """
-    _, container = rendered.server(objects)
-    arguments = " ".join(container["args"])
-    for there, here in {"/opt/vit/serve.sh": str(ROOT / "docker/serve.sh"), **places}.items():
-        assert there in arguments
-        arguments = arguments.replace(there, here)
-    grpc, http, metrics = free_ports(3)
-    arguments += f" --backend-directory={backends(folder)} --grpc-address=127.0.0.1"
-    arguments += f" --grpc-port={grpc} --log-info=false --log-warning=false"
-    prefix = f"manifests_{os.getpid()}_"
-    arguments += f" --backend-config=python,shm-region-prefix-name={prefix}"
-    installation = tritonserver.find()
-    env = tritonserver.environment(installation)
-    env["PATH"] = f"{installation.binary.parent}:{env['PATH']}"
-    env |= {"MODEL_REPOSITORY": str(repository), "VIT_ADMIN_KEY": KEY}
-    env |= front(http, metrics)
-    with subprocess.Popen(arguments.split(), env=env) as process:
-        try:
-            pod = Pod(grpc, http)
-            wait_until_ready(process, pod)
-            yield pod
-        finally:
-            process.terminate()
-            process.wait(60)
-            for segment in Path("/dev/shm").glob(f"{prefix}*"):
-                segment.unlink()
+    _, pod = rendered.server(objects)
+    places |= {"/models": str(repository), "0.0.0.0": "127.0.0.1"}
+    command, model_repository, *arguments = (_moved(a, places) for a in pod["args"])
+    assert (command, model_repository) == ("vit-server", f"--model-repository={repository}")
+    on_gpu = "nvidia.com/gpu" in pod["resources"]["limits"]
+    # The Secret of the administrators is optional; the embedded server is tried without.
+    start = partial(container, VIT_ADMIN_KEY=KEY) if on_gpu else serving
+    with start(repository, *arguments) as server:
+        yield server, pod
 
 
-def backends(folder: Path) -> Path:
-    """Triton's backends as they lie in an image."""
-    installation = tritonserver.find()
-    python = shutil.copytree(installation.python_backend, folder / "backends" / "python")
-    shutil.copy(installation.stub, python)
-    shutil.copytree(tritonserver.OUR_BACKENDS / "pytorch", folder / "backends" / "pytorch")
-    return folder / "backends"
+def status(server: Server, path: str, **headers: str) -> int:
+    request = urllib.request.Request(f"{server.http_url}/v2/{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            code: int = response.status
+            return code
+    except urllib.error.HTTPError as e:
+        return e.code
 
 
-def wait_until_ready(process: "subprocess.Popen[bytes]", pod: Pod) -> None:
-    """As the startup probe does."""
-    while True:
-        assert process.poll() is None, f"it ended with exit code {process.returncode}"
-        with contextlib.suppress(OSError):
-            if pod.status("health/ready") == 200:
-                return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.2)
-
-
-def test_gpu_overlay_serves(tiny_repository: Path, tmp_path: Path) -> None:
-    objects = rendered.kustomize(FOLDER / "overlays/gpu")
-    with running(objects, tiny_repository, tmp_path) as pod:
-        assert pod.status("health/live") == 200
-        with Client(f"127.0.0.1:{pod.grpc}") as client:
+def test_gpu_overlay_serves(tiny_repository: Path) -> None:
+    with running(rendered.kustomize(FOLDER / "overlays/gpu"), tiny_repository) as (server, _):
+        assert status(server, "health/live") == 200
+        with Client(server.url) as client:
             assert client.embed(PHOTOS / "coffee.jpg").shape == (64,)
         # With the key of the Secret, and not without.
         settings = "trace/setting"
-        assert pod.status(settings) == 403
-        assert pod.status(settings, **{"vit-admin-key": "wrong"}) == 403
-        assert pod.status(settings, **{"vit-admin-key": KEY}) == 200
-        with InferenceServerClient(f"127.0.0.1:{pod.grpc}") as triton:
+        assert status(server, settings) == 403
+        assert status(server, settings, **{"vit-admin-key": "wrong"}) == 403
+        assert status(server, settings, **{"vit-admin-key": KEY}) == 200
+        with InferenceServerClient(server.url) as triton:
             with pytest.raises(InferenceServerException, match="restricted"):
                 triton.get_model_repository_index()
             header = {"triton-grpc-protocol-vit-admin-key": KEY}
             assert len(triton.get_model_repository_index(headers=header).models) == 7
-            with pytest.raises(InferenceServerException, match="explicit model load"):
+            with pytest.raises(InferenceServerException, match="not allowed if polling is enabled"):
                 triton.unload_model("vit", headers=header)
 
 
@@ -137,33 +94,25 @@ def overlay(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("base", ["overlays/gpu", "overlays/cpu"])
 def test_tls_component_serves(
-    tiny_repository: Path, tmp_path: Path, overlay: Path, secret: Path
+    tiny_repository: Path, overlay: Path, secret: Path, base: str
 ) -> None:
-    objects = rendered.composed(overlay, "overlays/gpu", "tls")
-    with running(objects, tiny_repository, tmp_path, **{"/etc/vit/tls": str(secret)}) as pod:
-        url = f"localhost:{pod.grpc}"
-        with Client(f"grpcs://{url}", ca_file=secret / "tls.crt") as client:
-            assert client.embed(PHOTOS / "coffee.jpg").shape == (64,)
-        with Client(url, timeout=5) as client, pytest.raises(Unavailable):
-            client.embed(PHOTOS / "coffee.jpg")
-
-
-def test_tls_cpu_component_serves(tiny_repository: Path, overlay: Path, secret: Path) -> None:
-    _, container = rendered.server(rendered.composed(overlay, "overlays/cpu", "tls-cpu"))
-    places = {"/models": str(tiny_repository), "0.0.0.0": "127.0.0.1", "/etc/vit/tls": str(secret)}
-    command, model_repository, *arguments = (_moved(a, places) for a in container["args"])
-    assert (command, model_repository) == ("vit-server", f"--model-repository={tiny_repository}")
-    with serving(tiny_repository, *arguments) as server:
+    objects = rendered.composed(overlay, base, "tls")
+    moved = {"/etc/vit/tls": str(secret)}
+    with running(objects, tiny_repository, **moved) as (server, container):
         with Client(server.url, ca_file=secret / "tls.crt") as client:
             assert client.embed(PHOTOS / "coffee.jpg").shape == (64,)
+        plain = server.url.replace("grpcs://", "")
+        with Client(plain, timeout=5) as client, pytest.raises(Unavailable):
+            client.embed(PHOTOS / "coffee.jpg")
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             probe = container[name]["exec"]["command"]
             places = {"/opt/vit": str(ROOT / "docker"), "http://127.0.0.1:8000": server.http_url}
-            moved = [_moved(word, places) for word in probe]
-            if moved[-1].endswith("health.py"):
-                moved.append(server.http_url)
-            subprocess.run(moved, check=True, timeout=60)
+            command = [_moved(word, places) for word in probe]
+            if command[-1].endswith("health.py"):
+                command.append(server.http_url)
+            subprocess.run(command, check=True, timeout=60)
 
 
 def _moved(text: str, places: dict[str, str]) -> str:
@@ -172,11 +121,15 @@ def _moved(text: str, places: dict[str, str]) -> str:
     return text
 
 
-def test_cpu_overlay_is_what_vit_server_takes() -> None:
-    _, container = rendered.server(rendered.kustomize(FOLDER / "overlays/cpu"))
+@pytest.mark.parametrize("folder", ["overlays/gpu", "overlays/cpu", "kserve"])
+def test_arguments_are_what_vit_server_takes(folder: str) -> None:
+    _, container = rendered.server(rendered.kustomize(FOLDER / folder))
     command, *arguments = container["args"]
     assert command == "vit-server"
     args = cli._parser().parse_args(arguments)
+    if folder == "kserve":
+        assert str(args.model_repository) == "/mnt/models"  # where KServe mounts it
+        return
     (mount,) = (
         m for m in container["volumeMounts"] if m["mountPath"] == str(args.model_repository)
     )

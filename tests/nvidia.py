@@ -20,7 +20,7 @@ from conftest import Server, serving
 from ports import free_ports, wait_for
 from vit_server import installation
 
-DOCKER = Path(__file__).parents[2] / "docker"
+DOCKER = Path(__file__).parents[1] / "docker"
 
 
 @contextlib.contextmanager
