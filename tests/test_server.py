@@ -1,5 +1,6 @@
 """vit-server as a process: how it starts, what it says when it cannot, what it leaves."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,13 @@ from processes import (
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 
 
-def start_and_fail(repository: Path, *arguments: str) -> str:
+# Root may read everything, without these two.
+AS_NOBODY_SPECIAL = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+def start_and_fail(repository: Path, *arguments: str, under: Sequence[str] = ()) -> str:
     """What vit-server says where it must not start."""
-    command = [BIN / "vit-server", "--model-repository", repository, *arguments]
+    command = [*under, BIN / "vit-server", "--model-repository", repository, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode not in (0, -9)
     assert "Ready" not in result.stdout
@@ -279,6 +284,69 @@ def test_folder_that_cannot_be_used(
         assert result.returncode == 1
         assert f"vit-server: {tmp_path} {words}" in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_tmp_that_cannot_be_written(tiny_repository: Path) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    result = subprocess.run(
+        [*with_mounts("mount -o bind,ro /tmp /tmp"), *command],
+        env={**os.environ, "TMPDIR": "/dev/shm"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("vit-server: /tmp cannot be written, and Triton's")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_repository_that_cannot_be_read(tiny_repository: Path, tmp_path: Path) -> None:
+    repository = Path(shutil.copytree(tiny_repository, tmp_path / "models"))
+    for part in (repository / "vit" / "1" / "model.pt", repository / "vit", repository):
+        part.chmod(0)
+        said = start_and_fail(repository, *FREE_PORTS, under=AS_NOBODY_SPECIAL)
+        assert "Permission denied" in said
+        assert said.startswith(f"vit-server: {repository}")
+
+
+def test_first_answer_on_a_machine_that_is_too_busy(tiny_repository: Path, tmp_path: Path) -> None:
+    """Triton takes a process that was silent for a second for dead."""
+    repository = Path(shutil.copytree(tiny_repository, tmp_path / "models"))
+    code, flag = repository / "preprocess" / "1" / "model.py", tmp_path / "was silent"
+    line = "        self.backlog.wait(len(requests))\n"
+    assert line in code.read_text()
+    silent = f"        import signal\n        flag = Path({str(flag)!r})\n"
+    silent += "        if not flag.exists():\n            flag.touch()\n"
+    silent += "            os.kill(os.getpid(), signal.SIGSTOP)\n"
+    code.write_text(
+        "import os\nfrom pathlib import Path\n" + code.read_text().replace(line, line + silent)
+    )
+    with serving(repository, errors=True) as server:
+        assert flag.exists()
+        assert server.infer("classify", "image", [PHOTO])["scores"].shape == (1, 12)
+        server.process.terminate()
+        said = server.process.communicate(timeout=60)[1].splitlines()
+    assert [line for line in said if "starting it again" in line] == [said[1]]
+    assert "Stub process 'preprocess_0_" in said[1]
+
+
+def test_what_a_killed_server_left_is_told_by_its_lock(tiny_repository: Path) -> None:
+    """Not by its pid: in a container the next one's may be another, or the same."""
+    ours = os.getpid()  # that lives, and is no vit-server
+    left, held = (f"vit_server_{ours}_{name}_" for name in ("left", "held"))
+    shm = Path("/dev/shm")
+    files = [shm / f"{prefix}{name}" for prefix in (left, held) for name in ("lock", "segment")]
+    try:
+        for file in files:
+            file.touch()
+        with files[2].open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with serving(tiny_repository):
+                assert [file.exists() for file in files] == [False, False, True, True]
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

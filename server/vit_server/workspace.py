@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .tritonserver import ServerError
 
-_SHM = Path("/dev/shm")
+_TMP, _SHM = Path("/tmp"), Path("/dev/shm")
 _FOLDER = "vit-server-"  # in /tmp; pid and token follow
 _SEGMENTS = "vit_server_"  # in /dev/shm, the same
 _LOCK = "lock"
@@ -59,15 +59,14 @@ def workspace() -> Iterator[Workspace]:
 
 
 def _temporary() -> Path:
-    try:
-        temporary = Path(tempfile.gettempdir())
-    except FileNotFoundError as e:
+    if not os.access(_TMP, os.W_OK):
         raise ServerError(
-            "/tmp cannot be written: mount a folder there (docker run --tmpfs /tmp:exec), or set "
-            "TMPDIR to another"
-        ) from e
+            f"{_TMP} cannot be written, and Triton's Python backend makes a folder there, whatever "
+            f"TMPDIR says: mount one (docker run --tmpfs {_TMP}:exec)"
+        )
+    temporary = Path(tempfile.gettempdir())
     # Triton hands the path to a shell, unquoted, and to Python as ASCII.
-    return temporary if re.fullmatch(r"[\w/.-]+", str(temporary), re.ASCII) else Path("/tmp")
+    return temporary if re.fullmatch(r"[\w/.-]+", str(temporary), re.ASCII) else _TMP
 
 
 def _locked(path: Path, make: Callable[[Path], None]) -> int:
