@@ -13,8 +13,10 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import BIN, PHOTOS, Server, serving
 from ports import free_ports, wait_for
 from processes import (
@@ -216,6 +218,39 @@ def test_model_that_fails(
     spoil(repository)
     said = start_and_fail(repository, *FREE_PORTS)
     assert re.search(sentence, said), said
+
+
+class OneAtATime(torch.nn.Module):
+    """A network that fails with any larger batch, as on a GPU without the memory for it."""
+
+    def __init__(self, network: torch.jit.ScriptModule) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: torch.Tensor) -> Any:
+        if pixels.size(0) > 1:
+            raise RuntimeError("no memory for so many")
+        return self.network(pixels)
+
+
+def test_warm_up_that_fails(
+    tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends Triton by a signal, while other models still load, and mostly without a word."""
+    repository = Path(shutil.copytree(tiny_repository, tmp_path / "models"))
+    path = str(repository / "vit" / "1" / "model.pt")
+    torch.jit.save(torch.jit.script(OneAtATime(torch.jit.load(path))), path)
+    seal(repository)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # with more a batch is split
+    command = [BIN / "vit-server", "--model-repository", repository, *FREE_PORTS]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    _, crash, _, reason = result.stderr.splitlines()
+    assert re.match("vit-server: tritonserver ended with exit code 1(34|39): .*without war", crash)
+    assert reason == (
+        "vit-server: embed is loaded but does not answer: in ensemble 'embed', the network failed: "
+        "builtins.RuntimeError: no memory for so many"
+    )
 
 
 @pytest.mark.parametrize("threads", ["4,3,2", " 1 "])

@@ -9,12 +9,11 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from . import installation, memory, probe, repository, tritonserver
 from .http_front import HttpFront
-from .process import STOPS, TritonProcess, allow_all_files, say
+from .process import STOPS, Crashed, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
 from .workspace import workspace
 
@@ -29,19 +28,34 @@ def main() -> None:
         args.tls_client_ca and not args.tls_key
     ):
         parser.error("TLS needs both --tls-certificate and --tls-key")
-    for tries_left in (2, 1, 0):
+    try:
+        sys.exit(_serve_or_tell(args, words[cut + 1 :]))
+    except ServerError as e:
+        sys.exit(f"vit-server: {e}{memory.told()}")
+
+
+def _serve_or_tell(args: argparse.Namespace, flags: list[str]) -> int:
+    """`serve`, again where that may help, or may tell why it does not."""
+    tries_left = 2
+    while True:
         try:
-            sys.exit(serve(args, words[cut + 1 :]))
-        except ServerError as e:
-            again = isinstance(e, probe.Stalled) and tries_left and not memory.told()
-            said = f"vit-server: {e}{memory.told()}"
-            if not again:
-                sys.exit(said)
-            say(f"{said}; starting it again")
+            return serve(args, flags)
+        except probe.Stalled as e:
+            if not tries_left or memory.told():
+                raise
+            say(f"vit-server: {e}; starting it again")
+            tries_left -= 1
+        except Crashed as e:
+            # A warm-up that fails ends Triton without a reason (139, or 134), most of the time.
+            say(f"vit-server: {e}{memory.told()}; trying it without warm-up, to learn more")
+            serve(args, flags, warm_up=False)
+            raise
 
 
-def serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
+def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -> int:
     """Run tritonserver, with further flags of its own, until it ends; the exit code.
+
+    Without `warm_up` it only tries whether the models answer.
 
     Raises:
         ServerError: it cannot start, or a model's process has ended.
@@ -57,6 +71,7 @@ def serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
         backends = installation.prepare(found, own.folder)
         models = own.folder / "models"
         repository.snapshot(args.model_repository.resolve(), models)
+        largest = 0 if warm_up else repository.without_warm_up(models)
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         key = os.environ.get("VIT_ADMIN_KEY") or secrets.token_hex(16)
         flags = [*tritonserver.log_flags(args.verbose), *flags]
@@ -69,25 +84,28 @@ def serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
         env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
         process = TritonProcess(command, env, found.python_models, args.verbose)
         try:
-            return _run(process, ports, tls, models, key)
+            say("Starting tritonserver …")
+            probe.wait_until_answering(process, ports, key)
+            if largest and not process.stopping:
+                probe.try_largest_batch(ports, largest)
+            if largest or process.stopping:
+                return process.stop()
+            process.ready()
+            _tell(ports, tls)
+            code = _run(process, ports, models)
         finally:
             opened.close()  # its connections take the files that the rest needs
             process.close()
+    if not process.stopping:
+        say(f"vit-server: tritonserver has ended, exit code {code}{memory.told()}")
+    return code
 
 
-def _run(process: TritonProcess, ports: Ports, tls: Tls | None, models: Path, key: str) -> int:
+def _run(process: TritonProcess, ports: Ports, models: Path) -> int:
     """Until it has ended, or was told to and has answered what it had; the exit code."""
-    say("Starting tritonserver …")
-    probe.wait_until_answering(process, ports, key)
-    if process.stopping:
-        return process.stop()
-    process.ready()
-    _tell(ports, tls)
     process.watch(models)
     if not process.stopping:
-        code = process.stop()
-        say(f"vit-server: tritonserver has ended, exit code {code}{memory.told()}")
-        return code
+        return process.stop()
     say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
     drained = probe.drain(process, ports, models)
     if not drained and not process.hurried:

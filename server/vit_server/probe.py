@@ -61,6 +61,11 @@ def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None
         _infer(ports, ensemble, output)
 
 
+def try_largest_batch(ports: Ports, images: int) -> None:
+    """What Triton's warm-up would try. Raises ServerError with the model's own reason."""
+    _infer(ports, "embed", "embedding", images)
+
+
 def drain(process: TritonProcess, ports: Ports, models: Path) -> bool:
     """Have every request answered that is there, and new ones refused. Whether that was done.
 
@@ -96,15 +101,15 @@ def _status(ports: Ports, path: str, key: str = "") -> int:
         return 0
 
 
-def _infer(ports: Ports, ensemble: str, output: str) -> None:
-    row = struct.pack("<I", len(GRAY_PIXEL)) + GRAY_PIXEL
-    size = {"binary_data_size": len(row)}
-    image = {"name": "image", "datatype": "BYTES", "shape": [1, 1], "parameters": size}
+def _infer(ports: Ports, ensemble: str, output: str, images: int = 1) -> None:
+    rows = (struct.pack("<I", len(GRAY_PIXEL)) + GRAY_PIXEL) * images
+    size = {"binary_data_size": len(rows)}
+    image = {"name": "image", "datatype": "BYTES", "shape": [images, 1], "parameters": size}
     wanted = {"name": output, "parameters": {"binary_data": True}}
     header = json.dumps({"inputs": [image], "outputs": [wanted]}).encode()
     request = urllib.request.Request(
         _url(ports, f"models/{ensemble}/infer"),
-        header + row,
+        header + rows,
         {"Inference-Header-Content-Length": str(len(header))},
     )
     try:

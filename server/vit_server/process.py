@@ -43,6 +43,10 @@ _LEFT = "python_env_*"
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
+class Crashed(ServerError):
+    """tritonserver was ended by a signal while it loaded the models."""
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Write to standard error or `stream`; a full disk, or no reader, is no reason to end."""
     stream = stream or sys.stderr
@@ -119,15 +123,18 @@ class TritonProcess:
             raise ServerError(f"the process of the model '{model}' has ended")
 
     def failure(self) -> ServerError:
-        """Why it went away, from its log."""
+        """Why it went away while it loaded the models, from its log."""
         self._reader.join(timeout=5)
         log = [line.partition(r"\n\nAt:")[0] for line in self._log]  # without Python's traceback
         for line in log:
             if found := _LOAD_FAILURE.search(line):
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
-        errors = [line for line in log if re.match(r"E\d{4} ", line) and not _NOISE.search(line)]
-        reason = _clean((errors or log or ["it said nothing"])[-1])
-        return ServerError(f"tritonserver ended with exit code {self.stop()}: {reason}")
+        log = [line for line in log if not _NOISE.search(line)]
+        errors = [line for line in log if re.match(r"E\d{4} ", line)]
+        reason = _clean((errors or log or ["it said nothing"])[-1]).partition(r"\n")[0]
+        code = self.stop()
+        kind = Crashed if code > 128 else ServerError
+        return kind(f"tritonserver ended with exit code {code}: {reason}")
 
     def watch(self, models: Path) -> None:
         """Return when it was told to stop, or has ended.

@@ -58,10 +58,25 @@ def snapshot(repository: Path, to: Path) -> None:
 
 def max_request_bytes(repository: Path) -> int:
     """What the builder says of it; or the default, where an older one has said nothing."""
-    path = repository / "preprocess" / "config.pbtxt"
+    parameters = _config(repository, "preprocess").parameters
     try:
-        config = text_format.Parse(path.read_text("utf-8"), ModelConfig())
-        return int(config.parameters["max_request_bytes"].string_value or MAX_REQUEST_BYTES)
+        return int(parameters["max_request_bytes"].string_value or MAX_REQUEST_BYTES)
+    except ValueError as e:
+        raise ServerError(f"preprocess/config.pbtxt: {e}") from e
+
+
+def without_warm_up(repository: Path) -> int:
+    """Have the network loaded without it; the images of its largest batch."""
+    config = _config(repository, "vit")
+    config.ClearField("model_warmup")
+    (repository / "vit" / "config.pbtxt").write_text(text_format.MessageToString(config))
+    return int(config.max_batch_size)
+
+
+def _config(repository: Path, model: str) -> ModelConfig:
+    path = repository / model / "config.pbtxt"
+    try:
+        return text_format.Parse(path.read_text("utf-8"), ModelConfig())
     except (text_format.ParseError, ValueError) as e:
         raise ServerError(f"{path.relative_to(repository)}: {e}") from e
 
