@@ -72,8 +72,10 @@ class AsyncClient:
             timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
             retries: How often a request is tried again when the server is overloaded or
                 unavailable. Those for overload are limited, over all requests, to a tenth of
-                the successes plus one a second, so that they cannot add to it. With 0 the
-                first answer counts; a request that a server gave back unbegun, as it ended an
+                the successes plus one a second, so that they cannot add to it. Not counted, but
+                limited to the successes plus 40 a second, are those of requests that failed
+                for a malformed one of somebody else in the same batch. With 0 the first
+                answer counts; a request that a server gave back unbegun, as it ended an
                 old connection, is sent again in any case. [VIT_RETRIES, default 4]
             concurrency: Requests in flight at once, over all calls of this client.
                 [VIT_CONCURRENCY, default 16]

@@ -24,6 +24,7 @@ from .errors import (
     Overloaded,
     VitClientError,
     from_grpc,
+    is_neighbours,
     is_not_begun,
     is_stopping,
 )
@@ -33,6 +34,11 @@ from .types import Model
 # with several servers the next try is likely another's. So many tries are not counted: of two
 # servers, every second try is for the one that stops.
 _MOST_TURNED_AWAY = 16
+
+# Seconds to wait, at most, before a retry of what failed for a malformed request beside it. The
+# batch failed before any work, so the server is idle now. Later it has another batch, and the next
+# malformed request waits for the end of that, beside ours: longer pauses starve callers.
+_BESIDE_PAUSE = 0.1
 
 # Seconds that a channel is kept even if a server behind it stops.
 _MIN_CHANNEL_AGE = 1.0
@@ -62,7 +68,8 @@ class Connection:
         self._current: _Open | None = None
         self._left: set[_Open] = set()  # each with calls under way
         self._slots = asyncio.Semaphore(settings.concurrency)
-        self._budget = RetryBudget()
+        self._overload_budget = RetryBudget(per_success=0.1, per_second=1)
+        self._neighbour_budget = RetryBudget(per_success=1, per_second=40)
         self._model: Model | None = None
         self._asking: asyncio.Task[Model] | None = None
 
@@ -141,6 +148,9 @@ class Connection:
                     if uncounted and turned_away < _MOST_TURNED_AWAY:
                         turned_away += 1
                         pause: float | None = random.uniform(0, 0.05)
+                    elif is_neighbours(error) and left:
+                        # Not counted: one who goes on sending such requests can fail most tries.
+                        pause = self._pause(error, attempt, deadline)
                     else:
                         pause = self._pause(error, attempt, deadline) if attempt < left else None
                         attempt += 1
@@ -148,7 +158,8 @@ class Connection:
                         raise
                     await asyncio.sleep(pause)
                 else:
-                    self._budget.success()
+                    self._overload_budget.success()
+                    self._neighbour_budget.success()
                     return response
         finally:
             self._slots.release()
@@ -215,15 +226,20 @@ class Connection:
         """Seconds to wait before the next try, or None if there is none."""
         if not error.retryable:
             return None
+        # A server that is gone takes no harm from retries, and one of several that stops fails so
+        # many requests at once that a budget would hold them up for long.
+        budget = None
         pause = backoff(attempt)
-        # For overload only. A server that is gone takes no harm from retries, and one of several
-        # that stops fails so many requests at once that the budget would hold them up for long.
-        overloaded = isinstance(error, Overloaded)
-        if overloaded:
-            pause = max(pause, self._budget.reserve())
+        if isinstance(error, Overloaded):
+            budget = self._overload_budget
+        elif is_neighbours(error):
+            budget = self._neighbour_budget
+            pause = random.uniform(0, _BESIDE_PAUSE)
+        if budget is not None:
+            pause = max(pause, budget.reserve())
         if time.monotonic() + pause >= deadline:
-            if overloaded:
-                self._budget.give_back()
+            if budget is not None:
+                budget.give_back()
             return None
         return pause
 

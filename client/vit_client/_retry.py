@@ -9,8 +9,6 @@ _FIRST_DELAY = 0.25
 _MAX_DELAY = 5.0
 
 _BURST = 10.0
-_PER_SECOND = 1.0
-_PER_SUCCESS = 0.1
 
 
 def backoff(attempt: int) -> float:
@@ -20,25 +18,26 @@ def backoff(attempt: int) -> float:
 
 
 class RetryBudget:
-    """Limits the retries for overload of one client, over all its calls, to one for each ten
-    successes, plus one a second, plus a burst of ten. However many calls an overloaded server turns
-    away, the retries stay few; a call whose retry is not due before its deadline fails without
-    it."""
+    """Limits the retries of one kind of one client, over all its calls, to a share of the
+    successes, plus some a second, plus a burst of ten. However many calls fail so, the retries stay
+    few; a call whose retry is not due before its deadline fails without it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_success: float, per_second: float) -> None:
+        self._per_success = per_success
+        self._per_second = per_second
         self._tokens = _BURST
         self._updated = time.monotonic()
 
     def success(self) -> None:
         """Earn a part of a retry."""
-        self._tokens = min(_BURST, self._tokens + _PER_SUCCESS)
+        self._tokens = min(_BURST, self._tokens + self._per_success)
 
     def reserve(self) -> float:
         """Take one retry; returns the seconds until it may start."""
         now = time.monotonic()
-        self._tokens = min(_BURST, self._tokens + (now - self._updated) * _PER_SECOND) - 1
+        self._tokens = min(_BURST, self._tokens + (now - self._updated) * self._per_second) - 1
         self._updated = now
-        return max(0.0, -self._tokens / _PER_SECOND)
+        return max(0.0, -self._tokens / self._per_second)
 
     def give_back(self) -> None:
         """Return a reserved retry that will not be used."""

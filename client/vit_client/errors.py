@@ -187,9 +187,12 @@ _NOT_LOADED = "has no available versions"
 # Of a Python model: the process that it runs in has ended, or stands still.
 _MODEL_DIED = "is not healthy"
 _STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
-# A request whose lengths contradict its bytes or its shape fails all others of its batch (seen with
-# Triton 2.51). This package writes none, so it was somebody else's.
-_NEIGHBOUR_TEXTS = ("incomplete string data", ", max allowed is ")
+# A request whose lengths contradict its bytes or its shape fails all others of its batch, in every
+# Triton so far, with INVALID_ARGUMENT or INTERNAL. This package writes none, so it was somebody
+# else's. Only from the start: the reason why an image is bad may have any words.
+_NEIGHBOUR = re.compile(
+    r"(in ensemble '[^']*', )?(incomplete string data for |batch size \d+ for '[^']*', max allowed)"
+)
 
 # For gRPC, a server that is not trusted is one that cannot be reached. These say that the two
 # sides do not agree; a TLS handshake that merely ends, or takes too long, is like any connection
@@ -276,7 +279,7 @@ def from_grpc(
         kind = InvalidRequest
     elif "the target uri is not valid" in lower:
         kind = ConfigurationError
-    elif any(text in lower for text in (_NOT_LOADED, _MODEL_DIED, *_NEIGHBOUR_TEXTS)):
+    elif _NOT_LOADED in lower or _MODEL_DIED in lower or _NEIGHBOUR.match(details):
         kind = Unavailable
     elif "request for unknown model" in lower or _NOT_GRPC in details:
         kind = ModelNotServed
@@ -301,6 +304,11 @@ def is_not_begun(error: VitClientError) -> bool:
     return isinstance(error, Unavailable) and (error.details or "").startswith(_NOT_BEGUN)
 
 
+def is_neighbours(error: VitClientError) -> bool:
+    """Whether it was another caller's malformed request that failed."""
+    return isinstance(error, Unavailable) and bool(_NEIGHBOUR.match(error.details or ""))
+
+
 def is_too_large(error: InvalidRequest, size: int) -> bool:
     """Whether a request of `size` bytes was refused for its size, not its answer for its own."""
     details = error.details or ""
@@ -314,7 +322,7 @@ def _message(
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if _MODEL_DIED in details:
         return f"the server at {url} has lost a model ({details})"
-    if any(text in details for text in _NEIGHBOUR_TEXTS):
+    if _NEIGHBOUR.match(details):
         return f"the server at {url} failed this for a malformed request beside it ({details})"
     if _NOT_GRPC in details:
         return f"what answers at {url} does not speak gRPC: is it a login page? ({details})"

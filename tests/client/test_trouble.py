@@ -48,6 +48,16 @@ STOPPING = (
 )
 DIED = (grpc.StatusCode.INTERNAL, "Stub process 'vit_0' is not healthy.")
 EXPIRED = (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
+# What other requests of a batch get for a malformed one.
+BESIDE_PIXELS = (
+    grpc.StatusCode.INTERNAL,
+    "in ensemble 'embed', batch size 65 for 'vit_0', max allowed is 16",
+)
+BESIDE_STRING = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    "in ensemble 'embed', incomplete string data for inference input 'image', expecting string of "
+    "length 100 but only 1 bytes available",
+)
 
 
 # -- retries -----------------------------------------------------------------------------------
@@ -158,12 +168,60 @@ def test_the_budget_is_for_overload_only(proxy: Proxy) -> None:
     assert len(rows) == 50
 
 
+@pytest.mark.parametrize("refusal", [BESIDE_PIXELS, BESIDE_STRING])
+def test_retries_outlast_malformed_requests_of_others(
+    proxy: Proxy, refusal: tuple[grpc.StatusCode, str]
+) -> None:
+    """As long as the deadline allows, however often that is."""
+    proxy.refusals = [refusal] * 40
+    with Client(proxy.url, retries=1) as client:
+        assert client.embed(IMAGE).shape == (64,)
+    assert proxy.inferences == 41
+
+
+def test_malformed_requests_of_others_that_do_not_end(proxy: Proxy) -> None:
+    proxy.refusals, proxy.forever = [BESIDE_PIXELS], True
+    begun = time.monotonic()
+    with Client(proxy.url, concurrency=50, timeout=2) as client:
+        client.model()
+
+        def call(_: int) -> VitClientError:
+            with pytest.raises(VitClientError) as caught:
+                client.embed(IMAGE)
+            return caught.value
+
+        with ThreadPoolExecutor(50) as pool:
+            errors = list(pool.map(call, range(50)))
+    # The last try of a call may be cut off by its deadline.
+    assert {type(error) for error in errors} <= {Unavailable, DeadlineExceeded}
+    assert any("a malformed request beside it (in ensemble" in str(error) for error in errors)
+    assert proxy.inferences <= 50 + 10 + 40 * (time.monotonic() - begun)
+
+
+def test_without_retries_the_first_answer_counts_beside_a_malformed_request(proxy: Proxy) -> None:
+    proxy.refusals = [BESIDE_PIXELS]
+    with Client(proxy.url, retries=0) as client, pytest.raises(Unavailable):
+        client.embed(IMAGE)
+    assert proxy.inferences == 1
+
+
+@pytest.mark.parametrize("words", [BESIDE_PIXELS[1], BESIDE_STRING[1]])
+def test_an_image_is_bad_whatever_the_words_of_its_reason(proxy: Proxy, words: str) -> None:
+    reason = "it cannot be decoded: " + words.removeprefix("in ensemble 'embed', ")
+    refusal = (grpc.StatusCode.INVALID_ARGUMENT, f"in ensemble 'embed', image[0]: {reason}")
+    proxy.refusals = [refusal]
+    with Client(proxy.url) as client, pytest.raises(BadImage) as caught:
+        client.embed(IMAGE)
+    assert reason in str(caught.value)
+    assert proxy.inferences == 1
+
+
 def test_the_budget_is_a_tenth_of_the_successes_and_one_a_second(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    budget = RetryBudget()
+    budget = RetryBudget(per_success=0.1, per_second=1)
     assert [budget.reserve() for _ in range(10)] == [0] * 10
     assert budget.reserve() == pytest.approx(1)
     assert budget.reserve() == pytest.approx(2)
