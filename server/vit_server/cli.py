@@ -46,8 +46,10 @@ def _serve_or_tell(args: argparse.Namespace, flags: list[str]) -> int:
             say(f"vit-server: {e}; starting it again")
             tries_left -= 1
         except Crashed as e:
+            if memory.told():
+                raise
             # A warm-up that fails ends Triton without a reason (139, or 134), most of the time.
-            say(f"vit-server: {e}{memory.told()}; trying it without warm-up, to learn more")
+            say(f"vit-server: {e}; trying it without warm-up, to learn more")
             serve(args, flags, warm_up=False)
             raise
 

@@ -1,4 +1,4 @@
-"""Whether the kernel has killed a process here because the memory limit was reached."""
+"""The memory limit: whether there is one, and whether the kernel has killed a process for it."""
 
 import re
 from contextlib import suppress
@@ -6,6 +6,23 @@ from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
 _COUNTERS = (_CGROUP / "memory.events", _CGROUP / "memory" / "memory.oom_control")  # versions 2, 1
+_LIMITS = (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes")
+_SCORE = Path("/proc/self/oom_score_adj")
+_FIRST = 300  # thousandths of the limit
+
+
+def limited() -> bool:
+    """Whether this process' cgroup has a limit, as in a container."""
+    for file in _LIMITS:
+        with suppress(OSError, ValueError):  # "max" in version 2; in version 1 some 2⁶³
+            return int(file.read_text()) < 1 << 60
+    return False
+
+
+def go_first() -> None:
+    """Have the kernel kill this process before the one that started it, which can say why."""
+    with suppress(OSError):
+        _SCORE.write_text(str(min(1000, int(_SCORE.read_text()) + _FIRST)))
 
 
 def oom_kills() -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from . import memory
 from .tritonserver import ServerError
 
 # prctl(2)
@@ -44,7 +45,7 @@ _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
 class Crashed(ServerError):
-    """tritonserver was ended by a signal while it loaded the models."""
+    """tritonserver ended itself by a signal while it loaded the models."""
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
@@ -133,7 +134,7 @@ class TritonProcess:
         errors = [line for line in log if re.match(r"E\d{4} ", line)]
         reason = _clean((errors or log or ["it said nothing"])[-1]).partition(r"\n")[0]
         code = self.stop()
-        kind = Crashed if code > 128 else ServerError
+        kind = Crashed if code > 128 and code != 128 + signal.SIGKILL else ServerError
         return kind(f"tritonserver ended with exit code {code}: {reason}")
 
     def watch(self, models: Path) -> None:
@@ -277,3 +278,5 @@ def allow_all_files() -> None:
 def _before_exec() -> None:
     """In the child. The kernel sends SIGTERM when the parent ends, however it ends."""
     _libc.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if memory.limited():
+        memory.go_first()
