@@ -92,7 +92,7 @@ def test_what_the_models_import_is_installed() -> None:
     assert not {"torch", "nvidia-pytriton"} & needed
     gpu = (DOCKER / "Dockerfile").read_text().split(" AS gpu\n")[1].split("\nFROM ")[0]
     assert "./server" in gpu
-    assert "embedded" not in gpu
+    assert "[embedded]" not in gpu
 
 
 def test_compose_schema() -> None:
