@@ -22,7 +22,8 @@ class TritonPythonModel:
         return answers
 
     def answer(self, request):
-        scores, indices = (rows(request, name) for name in ("top_scores", "top_indices"))
+        scores = pb_utils.get_input_tensor_by_name(request, "top_scores").as_numpy()
+        indices = pb_utils.get_input_tensor_by_name(request, "top_indices").as_numpy()
         if indices.size and not 0 <= indices.min() <= indices.max() < len(self.labels):
             reason = f"top_indices must be in [0, {len(self.labels)})"
             error = pb_utils.TritonError(reason, pb_utils.TritonError.INVALID_ARG)
@@ -34,9 +35,3 @@ class TritonPythonModel:
                 pb_utils.Tensor("labels", self.labels[indices]),
             ]
         )
-
-
-def rows(request, name):
-    """[N, K], whatever axes stand before the last (see config.pbtxt)."""
-    array = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-    return array.reshape(-1, array.shape[-1])
