@@ -31,7 +31,6 @@ class TritonPythonModel:
         keep_memory()
         config = json.loads(args["model_config"])
         self.input = config["input"][0]["name"]
-        self.dims = tuple(map(int, config["input"][0]["dims"]))
         self.outputs = {
             out["name"]: int(out["name"].rpartition("__")[2]) for out in config["output"]
         }
@@ -57,7 +56,7 @@ class TritonPythonModel:
         """
         dtype = pb_utils.triton_string_to_numpy(config["data_type"])
         try:
-            batch = np.zeros((1, *self.dims), dtype)
+            batch = np.zeros((1, *map(int, config["dims"])), dtype)
             outputs = self.forward(torch.from_numpy(batch).to(self.device))
             together([outputs], max(self.outputs.values()))
         except Exception as e:
@@ -72,10 +71,10 @@ class TritonPythonModel:
         responses = None
         self.under_way = {work for work in self.under_way if not work.done()}
         if self.cores == 1 or (len(requests) == 1 and not self.under_way):
-            responses = self.respond(self.group(requests), self.on_all_cores)
+            responses = self.respond(Group(requests, self.input), self.on_all_cores)
         else:
             shares = [requests[core :: self.cores] for core in range(self.cores)]
-            groups = [self.group(share) for share in shares if share]
+            groups = [Group(share, self.input) for share in shares if share]
             with or_end():  # Triton would answer again what a core has answered
                 for group in groups:
                     self.under_way.add(self.pool.submit(self.send, group, begun))
@@ -83,9 +82,6 @@ class TritonPythonModel:
                     self.under_way = wait(self.under_way, return_when=FIRST_COMPLETED).not_done
         self.pulse.check(begun)
         return responses
-
-    def group(self, requests):
-        return Group(requests, self.input, self.dims)
 
     def send(self, group, begun):
         """One core's work."""
@@ -135,10 +131,8 @@ class TritonPythonModel:
 class Group:
     """Requests that run together: their rows, and what each of them asked for."""
 
-    def __init__(self, requests, name, dims):
-        # In rows, whatever axes stand before them (see config.pbtxt).
-        tensors = [pb_utils.get_input_tensor_by_name(request, name) for request in requests]
-        inputs = [tensor.as_numpy().reshape(-1, *dims) for tensor in tensors]
+    def __init__(self, requests, name):
+        inputs = [pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests]
         # A copy: Triton takes the requests' own memory back when execute() returns.
         self.pixels = np.concatenate(inputs)
         self.rows = [len(rows) for rows in inputs]
