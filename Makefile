@@ -1,6 +1,7 @@
 # make demo   everything from nothing: .venv, install, build, start Triton, ask it about a photo, stop
 # make serve  the same, and stays up until Ctrl-C
 # make test   all tests
+# make containers  build and run the images in a real Docker engine: 10 minutes
 # make lint   ruff (lint and format), mypy, and pip-audit where it can look advisories up
 # make load   sweep the load with perf_analyzer: 10 minutes (ARGS=--help for the rest)
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
@@ -18,7 +19,7 @@ INSTALLED_BENCH := .venv-bench/installed
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test lint load bench soak fuzz format clean bench-gpu
+.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu
 
 demo: $(BUILT)
 	$(BIN)/python demo.py
@@ -28,6 +29,10 @@ serve: $(BUILT)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest
+
+# Not part of `test`: it wants a Docker engine, or root and Debian's to start one. `-s` shows progress.
+containers: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -v -s tests/containers
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
@@ -56,7 +61,7 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-bench models my-models embedding.f32 request.json triton.binpb
+	rm -rf .venv .venv-bench models my-models sbom embedding.f32 request.json triton.binpb
 
 $(INSTALLED): constraints.txt find-python.sh */pyproject.toml
 	@python=$$(./find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv

@@ -14,45 +14,47 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 from .engine import TOKEN, Engine
 
 ROOT = Path(__file__).parents[2]
 PYTHON = "python:3.11-slim-bookworm"
+LABEL = f"--label={TOKEN}=1"
 PACKAGES = "python3,python3-pip,python3-venv,libpython3.11,ca-certificates"
 
 
 @dataclass(frozen=True)
 class Bases:
-    """Base images, as arguments of a build."""
+    """Base images, and what else a build is told."""
 
-    arguments: list[str]
-    stood_in: list[str]  # which of the two
+    args: dict[str, str]
+    stood_in: list[str]  # what for
+
+    @property
+    def arguments(self) -> list[str]:
+        """For `docker build`."""
+        args = [f"--build-arg={name}={value}" for name, value in self.args.items()]
+        return ["--network=host", LABEL, *args]
 
 
 @contextlib.contextmanager
 def bases(docker: Engine, folder: Path) -> Iterator[Bases]:
     """While the builds run: packages that lie on this machine are served to them meanwhile."""
-    if docker("pull", "--quiet", PYTHON, check=False).returncode == 0:
-        python, more, stood_in = PYTHON, [], []
-        serving: Any = contextlib.nullcontext()
-    else:
-        serving = package_server()
-        python, stood_in = f"{TOKEN}-python", [PYTHON]
-    with serving as server:
-        if stood_in:
-            _debian(docker, python, folder, server)
-            more = ["--build-arg", f"TORCH_INDEX={server}/none/simple"]
-        triton = os.environ.get("TRITON_IMAGE")
-        if not triton:
-            triton, stood_in = f"{TOKEN}-triton", [*stood_in, "nvcr.io/nvidia/tritonserver"]
-            _nvidia(docker, triton, python, more)
-        yield Bases(
-            ["--network=host", *more, f"--build-arg=PYTHON_IMAGE={python}"]
-            + [f"--build-arg=TRITON_IMAGE={triton}", f"--label={TOKEN}=1"],
-            stood_in,
-        )
+    stood_in = []
+    with contextlib.ExitStack() as serving:
+        args = {"PYTHON_IMAGE": PYTHON}
+        if docker("pull", "--quiet", PYTHON, check=False, seconds=600).returncode:
+            server = serving.enter_context(package_server())
+            args = {"PYTHON_IMAGE": f"{TOKEN}-python", "TORCH_INDEX": f"{server}/none/simple"}
+            _debian(docker, args["PYTHON_IMAGE"], folder, server)
+            stood_in.append(PYTHON)
+        args["TRITON_IMAGE"] = os.environ.get("TRITON_IMAGE") or f"{TOKEN}-triton"
+        if "TRITON_IMAGE" not in os.environ:
+            _nvidia(docker, args["TRITON_IMAGE"], Bases(args, []))
+            stood_in.append("nvcr.io/nvidia/tritonserver")
+        yield Bases(args, stood_in)
 
 
 def _debian(docker: Engine, image: str, folder: Path, server: str) -> None:
@@ -61,23 +63,44 @@ def _debian(docker: Engine, image: str, folder: Path, server: str) -> None:
     tar, names = folder / "base.tar", {"python": "python3"}
     command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"]
     command += [f"--customize-hook=ln -s {to} $1/usr/bin/{name}" for name, to in names.items()]
-    subprocess.run([*command, "bookworm", str(tar)], check=True, timeout=400)
-    docker("import", tar, f"{image}-bare")
+    try:
+        subprocess.run([*command, "bookworm", str(tar)], check=True, timeout=400)
+    except (FileNotFoundError, subprocess.CalledProcessError) as e:
+        pytest.exit(f"no registry has {PYTHON}, and mmdebstrap makes no stand-in for it: {e}", 1)
+    docker("import", "--change", f"LABEL {TOKEN}=1", tar, f"{image}-bare")
     (folder / "pip.conf").write_text(pip_conf(server))
     lines = [f"FROM {image}-bare", "COPY pip.conf /etc/pip.conf"]
     if bundle := os.environ.get("SSL_CERT_FILE"):  # those of a proxy that packages come through
         shutil.copy(bundle, folder / "bundle.crt")
         lines.append("COPY bundle.crt /etc/ssl/certs/ca-certificates.crt")
-    docker("build", "-t", image, "-f", "-", folder, input="\n".join(lines), seconds=300)
+    docker("build", LABEL, "-t", image, "-f", "-", folder, input="\n".join(lines), seconds=300)
     tar.unlink()
 
 
-def _nvidia(docker: Engine, image: str, python: str, more: list[str]) -> None:
-    """The wheel's tritonserver where NVIDIA's has its own; `pytorch` in Python, for theirs in C++."""
+def _nvidia(docker: Engine, image: str, python: Bases) -> None:
+    """The wheel's tritonserver where NVIDIA's has its own; `pytorch` in Python, not in C++."""
     print("Making a stand-in for NVIDIA's tritonserver …", flush=True)
     dockerfile = Path(__file__).with_name("nvidia.Dockerfile")
-    arguments = ["--network=host", f"--build-arg=PYTHON_IMAGE={python}", *more]
-    docker("build", "-t", image, "-f", dockerfile, *arguments, ROOT, seconds=600)
+    docker("build", "-t", image, "-f", dockerfile, *python.arguments, ROOT, seconds=600)
+
+
+def prometheus(docker: Engine, image: str, built_on: Bases) -> str:
+    """The image itself, or one with Debian's package that is used the same way."""
+    if docker("pull", "--quiet", image, check=False, seconds=600).returncode == 0:
+        return image
+    print(f"\nMaking a stand-in for {image} …", flush=True)
+    lines = (
+        f"FROM {built_on.args['PYTHON_IMAGE']}",
+        "RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends prometheus",
+        "RUN install -d -o nobody -g nogroup /prometheus",
+        "USER nobody",
+        'ENTRYPOINT ["prometheus"]',
+    )
+    name = f"{TOKEN}-prometheus"
+    words = ("build", "--network=host", LABEL, "-t", name, "-")
+    docker(*words, input="\n".join(lines), seconds=300)
+    built_on.stood_in.append(image)
+    return name
 
 
 def _local(value: str) -> Path | None:

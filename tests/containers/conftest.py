@@ -1,5 +1,6 @@
-"""The engine and the images, once for all tests."""
+"""The engine and the images, once for all tests; sizes and times are told at the end."""
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,32 +10,50 @@ import pytest
 from .bases import ROOT, Bases, bases
 from .engine import TOKEN, Engine, engine
 
-# What docker/README.md calls them.
-IMAGES = {"builder": "vit-builder", "cpu": "vit-server:cpu", "gpu": "vit-server:gpu"}
-IMAGES |= {"cpu-baked": "vit-server:cpu-baked"}
+# Under names of their own: somebody's vit-server:cpu stays what it is.
+IMAGES = {target: f"{TOKEN}:{target}" for target in ("builder", "cpu", "gpu", "cpu-baked")}
+told: list[str] = []  # for the end
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.timeout(1200))  # seconds: the first one waits for the builds
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if told:
+        terminalreporter.section("images")
+        terminalreporter.write_line("\n".join(told))
 
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[Engine]:
+    # SIGTERM, which CI sends, clears up like Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     with engine() as found:
         yield found
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
 def built_on(docker: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
+    begun = time.monotonic()
     with bases(docker, tmp_path_factory.mktemp("bases")) as found:
+        told.append(f"bases: {time.monotonic() - begun:.0f} s")
         yield found
+        told.append(f"stood in for: {', '.join(found.stood_in) or 'nothing'}")
 
 
 @pytest.fixture(scope="session")
-def images(docker: Engine, built_on: Bases) -> dict[str, float]:
-    """Every target of docker/Dockerfile, built; the seconds that each took."""
-    return {target: build(docker, built_on, target, IMAGES[target]) for target in IMAGES}
+def images(docker: Engine, built_on: Bases) -> dict[str, str]:
+    """Every target of docker/Dockerfile, built; their names."""
+    for target, image in IMAGES.items():
+        build(docker, built_on, target, image)
+    return IMAGES
 
 
-def build(docker: Engine, built_on: Bases, target: str, image: str, *more: str) -> float:
-    """Seconds that it took."""
-    print(f"\nBuilding {image} …", end=" ", flush=True)
+def build(docker: Engine, built_on: Bases, target: str, image: str, *more: str) -> None:
+    """Build a target; what it took is told now and at the end."""
+    print(f"\nBuilding {target} {' '.join(more)}…", end=" ", flush=True)
     arguments = [*built_on.arguments, *more]
     if target.endswith("-baked"):
         arguments += ["--build-arg=WEIGHTS=random"]  # no hub is needed
@@ -44,9 +63,9 @@ def build(docker: Engine, built_on: Bases, target: str, image: str, *more: str) 
         *(*arguments, ROOT),
         seconds=1200,
     )
-    seconds = time.monotonic() - begun
-    print(f"{seconds:.0f} s, {docker.size(image):.0f} MB", flush=True)
-    return seconds
+    took = f"{time.monotonic() - begun:.0f} s, {docker.size(image):.0f} MB"
+    print(took, flush=True)
+    told.append(f"{target}: {took}")
 
 
 @pytest.fixture(scope="session")

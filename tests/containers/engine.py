@@ -17,6 +17,11 @@ from typing import Any
 import pytest
 
 TOKEN = f"vit-test-{secrets.token_hex(3)}"  # label, network and project of everything made here
+NO_ENGINE = (
+    "make containers needs a Docker engine that builds: start yours; or let it start one of its "
+    "own, as root, on Debian after "
+    "`apt-get install docker.io docker-compose runc iptables mmdebstrap`"
+)
 
 
 @dataclass(frozen=True)
@@ -51,38 +56,43 @@ def run(
     return done
 
 
+def client() -> str:
+    """A `docker` that can build: the first one on the PATH may lack its plugin for that."""
+    for path in (shutil.which("docker"), "/usr/bin/docker"):
+        if path and Path(path).exists():
+            old = " 20." in run([path, "--version"], os.environ, 20, check=True).stdout
+            if old or run([path, "buildx", "version"], os.environ, 20, check=False).returncode == 0:
+                return path
+    pytest.exit(NO_ENGINE, 1)
+
+
 @contextlib.contextmanager
 def engine() -> Iterator[Engine]:
     """The one that runs; else, for root, a new one that is gone afterwards with all it made."""
-    running = Engine(shutil.which("docker") or "docker", {"DOCKER_BUILDKIT": "1"})
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        if running("info", check=False, seconds=20).returncode == 0:
-            try:
-                yield running
-            finally:
-                _remove(running)
-            return
+    docker = client()
+    running = Engine(docker, {"DOCKER_BUILDKIT": "1"})
+    if running("info", check=False, seconds=20).returncode == 0:
+        print("\nThe images are built by the Docker engine that runs here", flush=True)
+        try:
+            yield running
+        finally:
+            _remove(running)
+        return
     daemon = shutil.which("dockerd", path=f"{os.environ['PATH']}:/usr/sbin")
     if daemon is None or os.getuid() != 0:
-        pytest.exit(
-            "make containers needs a Docker engine: start yours; or let it start one of its own, "
-            "as root, on Debian after "
-            "`apt-get install docker.io docker-compose runc iptables mmdebstrap`",
-            returncode=1,
-        )
-    # Debian's, and not a newer client that lacks its plugins.
-    docker = Path("/usr/bin/docker") if Path("/usr/bin/docker").exists() else running.docker
+        pytest.exit(NO_ENGINE, 1)
+    print("\nNo Docker engine runs here: starting one for the tests …", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="vit-dockerd-"))
+    own = Engine(docker, {"DOCKER_HOST": f"unix://{folder}/socket", "DOCKER_BUILDKIT": "1"})
     try:
-        with _daemon(daemon, folder):
-            own = {"DOCKER_HOST": f"unix://{folder}/socket", "DOCKER_BUILDKIT": "1"}
-            yield Engine(str(docker), own)
+        with _daemon(daemon, folder, own):
+            yield own
     finally:
         _delete(folder)
 
 
 @contextlib.contextmanager
-def _daemon(daemon: str, folder: Path) -> Iterator[None]:
+def _daemon(daemon: str, folder: Path, own: Engine) -> Iterator[None]:
     command = [daemon, "--data-root", folder / "data", "--exec-root", folder / "exec"]
     command += ["--host", f"unix://{folder}/socket", "--pidfile", folder / "pid"]
     # No rules in this machine's firewall, no bridge: networks are made where they are needed.
@@ -95,13 +105,11 @@ def _daemon(daemon: str, folder: Path) -> Iterator[None]:
         ) as process,
     ):
         try:
-            while not (folder / "socket").exists():
+            while own("info", check=False).returncode:
                 if process.poll() is not None:
+                    log.flush()
                     pytest.exit(f"dockerd ended: {(folder / 'log').read_text()[-2000:]}", 1)
                 time.sleep(0.1)
-            own = Engine("/usr/bin/docker", {"DOCKER_HOST": f"unix://{folder}/socket"})
-            while own("info", check=False).returncode:
-                time.sleep(0.2)
             yield
             _remove(own)
         finally:
@@ -116,9 +124,10 @@ def _remove(own: Engine) -> None:
     """Containers, volumes and networks that the tests have made; images too."""
     for kind, command in (("container", "rm -f -v"), ("volume", "rm -f"), ("network", "rm")):
         every = ["--all"] if kind == "container" else []
-        label = ["--filter", f"label={TOKEN}", "--quiet"]
-        for name in own(kind, "ls", *every, *label, check=False).stdout.split():
-            own(kind, *command.split(), name, check=False)
+        for label in (TOKEN, f"com.docker.compose.project={TOKEN}"):
+            filtered = ("--filter", f"label={label}", "--quiet")
+            for name in own(kind, "ls", *every, *filtered, check=False).stdout.split():
+                own(kind, *command.split(), name, check=False)
     for image in own("images", "--filter", f"label={TOKEN}", "--quiet", check=False).stdout.split():
         own("rmi", "--force", image, check=False)
 

@@ -18,5 +18,5 @@ RUN pip install --no-cache-dir --break-system-packages --extra-index-url "$TORCH
     && rm -r /tmp/wheel /tmp/constraints.txt \
     && printf '#!/bin/sh\nexec "$@"\n' > /opt/nvidia/nvidia_entrypoint.sh \
     && chmod +x /opt/nvidia/nvidia_entrypoint.sh
-ENV LD_LIBRARY_PATH=/opt/tritonserver/lib PATH=/opt/tritonserver/bin:$PATH
+ENV LD_LIBRARY_PATH=/opt/tritonserver/lib PATH=/opt/tritonserver/bin:$PATH TRITON_SERVER_VERSION=2.51.0
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh"]
