@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,7 @@ def _debian(docker: Engine, image: str, folder: Path, server: str) -> None:
     tar, names = folder / "base.tar", {"python": "python3"}
     command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"]
     command += [f"--customize-hook=ln -s {to} $1/usr/bin/{name}" for name, to in names.items()]
-    try:
-        subprocess.run([*command, "bookworm", str(tar)], check=True, timeout=400)
-    except (FileNotFoundError, subprocess.CalledProcessError) as e:
-        pytest.exit(f"no registry has {PYTHON}, and mmdebstrap makes no stand-in for it: {e}", 1)
+    _debootstrap([*command, "bookworm", str(tar)], folder)
     docker("import", "--change", f"LABEL {TOKEN}=1", tar, f"{image}-bare")
     (folder / "pip.conf").write_text(pip_conf(server))
     lines = [f"FROM {image}-bare", "COPY pip.conf /etc/pip.conf"]
@@ -75,6 +73,30 @@ def _debian(docker: Engine, image: str, folder: Path, server: str) -> None:
         lines.append("COPY bundle.crt /etc/ssl/certs/ca-certificates.crt")
     docker("build", LABEL, "-t", image, "-f", "-", folder, input="\n".join(lines), seconds=300)
     tar.unlink()
+
+
+def _debootstrap(command: list[str], folder: Path) -> None:
+    """Run mmdebstrap, which heeds no signal while it waits for others."""
+    if not shutil.which(command[0]):
+        pytest.exit(f"no registry has {PYTHON}, and there is no mmdebstrap for a stand-in", 1)
+    if os.getuid() == 0:
+        # Its mounts and processes end with it. For others it does so itself.
+        apart = ("unshare", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child")
+        command = [*apart, *command]
+    own = folder / "mmdebstrap"
+    own.mkdir()
+    env = {**os.environ, "TMPDIR": str(own)}
+    try:
+        # A session of its own: Ctrl-C is for the tests, which then end it.
+        done = subprocess.run(command, env=env, start_new_session=True, timeout=400, check=False)
+    finally:
+        for _ in range(20):  # one of them may still be at it
+            shutil.rmtree(own, ignore_errors=True)
+            if not own.exists():
+                break
+            time.sleep(0.1)
+    if done.returncode:
+        pytest.exit(f"no registry has {PYTHON}, and mmdebstrap failed: see above", 1)
 
 
 def _nvidia(docker: Engine, image: str, python: Bases) -> None:

@@ -1,6 +1,7 @@
 """The engine and the images, once for all tests; sizes and times are told at the end."""
 
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,12 @@ def docker() -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def built_on(docker: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
+def built_on(docker: Engine) -> Iterator[Bases]:
     begun = time.monotonic()
-    with bases(docker, tmp_path_factory.mktemp("bases")) as found:
+    with (
+        tempfile.TemporaryDirectory(prefix="vit-bases-") as folder,
+        bases(docker, Path(folder)) as found,
+    ):
         told.append(f"bases: {time.monotonic() - begun:.0f} s")
         yield found
         told.append(f"stood in for: {', '.join(found.stood_in) or 'nothing'}")
