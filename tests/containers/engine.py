@@ -58,8 +58,8 @@ def run(
 
 def client() -> str:
     """A `docker` that can build: the first one on the PATH may lack its plugin for that."""
-    for path in (shutil.which("docker"), "/usr/bin/docker"):
-        if path and Path(path).exists():
+    for name in ("docker", "/usr/bin/docker"):
+        if path := shutil.which(name):
             old = " 20." in run([path, "--version"], os.environ, 20, check=True).stdout
             if old or run([path, "buildx", "version"], os.environ, 20, check=False).returncode == 0:
                 return path
