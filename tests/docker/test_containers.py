@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import BIN, PHOTOS, Server
 from nvidia import DOCKER, container, copy, health, plain_triton, post
-from processes import segments, tritonserver, workspaces
+from processes import FREE_PORTS, segments, tritonserver, workspaces
 from vit_client import Client
 
 ROOT = DOCKER.parent
@@ -188,6 +188,25 @@ def test_flags_are_passed_on(tiny_repository: Path) -> None:
         assert command.split("\0")[-3:-1] == ["--metrics-interval-ms=60000", "--log-info=1"]
         server.process.terminate()
         assert "Found 0 live models" in server.process.communicate()[1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--grpc-port=1", "--grpc-port cannot be passed on to tritonserver: vit-server sets it"),
+        ("--what=1", "tritonserver knows no --what=1: tritonserver --help"),
+        (
+            "--buffer-manager-thread-count=many",
+            "tritonserver ended with exit code 1: Invalid option value. Got many",
+        ),
+        ("what", "tritonserver ended with exit code 1: Unexpected argument: what"),
+    ],
+)
+def test_flags_that_are_not(tiny_repository: Path, flag: str, sentence: str) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS, "--", flag]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"vit-server: {sentence}"
 
 
 def test_an_incomplete_tritonserver(tiny_repository: Path, tmp_path: Path) -> None:
