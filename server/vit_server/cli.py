@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import re
 import secrets
 import signal
 import socket
@@ -75,7 +76,7 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
         repository.snapshot(args.model_repository.resolve(), models)
         largest = 0 if warm_up else repository.without_warm_up(models)
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
-        key = os.environ.get("VIT_ADMIN_KEY") or secrets.token_hex(16)
+        key = _admin_key() or secrets.token_hex(16)
         flags = [*tritonserver.log_flags(args.verbose), *flags]
         age = args.grpc_max_connection_age
         command = tritonserver.command(
@@ -113,6 +114,14 @@ def _run(process: TritonProcess, ports: Ports, models: Path) -> int:
     if not drained and not process.hurried:
         say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
     return process.stop() or int(not drained)
+
+
+def _admin_key() -> str:
+    """What opens the closed calls, without the newline that files and Secrets end in."""
+    key = os.environ.get("VIT_ADMIN_KEY", "").strip()
+    if not re.fullmatch(r"[!-~]*", key):  # what a header may have; it is told to nobody
+        raise ServerError("VIT_ADMIN_KEY must be of visible ASCII characters, without spaces")
+    return key
 
 
 def _leave(*_: object) -> None:

@@ -1,6 +1,7 @@
 """The images: their files against linter and schema, and what they run, run."""
 
 import ast
+import os
 import re
 import signal
 import subprocess
@@ -163,7 +164,7 @@ def test_a_plain_tritonserver_serves_the_repository(
 
 
 def test_what_nobody_needs_is_closed(tiny_repository: Path, tiny_server: Server) -> None:
-    with container(tiny_repository, VIT_ADMIN_KEY="secret") as server:
+    with container(tiny_repository, VIT_ADMIN_KEY="secret\n") as server:
         for api in CLOSED:
             assert status(f"{server.http_url}/v2/{api}") == 403
             assert status(f"{tiny_server.http_url}/v2/{api}") == 403
@@ -207,6 +208,17 @@ def test_flags_that_are_not(tiny_repository: Path, flag: str, sentence: str) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"vit-server: {sentence}"
+
+
+@pytest.mark.parametrize("key", ["two words", "€"])
+def test_key_that_no_header_can_have(tiny_repository: Path, key: str) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    env = {**os.environ, "VIT_ADMIN_KEY": key}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("vit-server: VIT_ADMIN_KEY must be of visible ASCII")
+    assert len(done.stderr.splitlines()) == 1
+    assert key not in done.stderr.replace("without spaces", "")
 
 
 def test_an_incomplete_tritonserver(tiny_repository: Path, tmp_path: Path) -> None:
