@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,34 @@ def serving(
         finally:
             process.terminate()
             process.wait(60)
+
+
+def copy(repository: Path, folder: Path) -> Path:
+    """A repository to change."""
+    return Path(shutil.copytree(repository, folder / "models"))
+
+
+def at_each_batch(repository: Path, folder: Path, *lines: str) -> Path:
+    """A copy whose `preprocess` runs these lines before each batch."""
+    changed = copy(repository, folder)
+    code = changed / "preprocess" / "1" / "model.py"
+    before = "        self.backlog.wait(len(requests))\n"
+    assert before in code.read_text()
+    added = "".join(f"        {line}\n" for line in lines)
+    code.write_text(code.read_text().replace(before, before + added))
+    return changed
+
+
+def start_and_fail(repository: Path, *arguments: str, under: Sequence[str] = ()) -> str:
+    """The one sentence of vit-server where it must not start."""
+    command = [*under, BIN / "vit-server", "--model-repository", repository, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1
+    assert "Ready" not in result.stdout
+    assert "Traceback" not in result.stderr
+    sentences = result.stderr.removeprefix("Starting tritonserver …\n").splitlines()
+    assert len(sentences) == 1, result.stderr
+    return sentences[0]
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ Its `pytorch` is the Python-based backend, where theirs is in C++.
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from conftest import Server, serving
 from ports import free_ports, wait_for
+from processes import model_processes
 from vit_server import installation
 
 DOCKER = Path(__file__).parents[1] / "docker"
@@ -57,10 +57,7 @@ class Triton:
 
     def kill_stub(self, model: str) -> None:
         """End the processes of a Python model: Triton does not start them again."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        pids = [int(pid) for file in children for pid in file.read_text().split()]
-        lines = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
-        stubs = [pid for pid, line in lines.items() if f"/models/{model}/1/" in line]
+        stubs = model_processes(self.process.pid, model)
         assert stubs
         for stub in stubs:
             os.kill(stub, signal.SIGKILL)
@@ -93,11 +90,6 @@ def plain_triton(repository: Path, metrics: int | None = None) -> Iterator[Trito
                     segment.unlink()
 
 
-def copy(repository: Path, folder: Path) -> Path:
-    """A repository to change."""
-    return Path(shutil.copytree(repository, folder / "models"))
-
-
 def health(url: str) -> tuple[int, str]:
     """docker/health.py's exit code and what it said, by a Python that has nothing installed."""
     command = [sys.executable, "-I", "-S", DOCKER / "health.py", url]
@@ -105,12 +97,17 @@ def health(url: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def post(url: str, body: bytes) -> int:
-    """The status of a request whose body is an image file."""
-    header = {"Inference-Header-Content-Length": "0"}
+def status(url: str, body: bytes | None = None, **headers: str) -> int:
+    """Of HTTP's answer: to a GET, or to a POST of a body."""
+    request = urllib.request.Request(url, body, headers)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, header), timeout=60) as done:
-            status: int = done.status
-            return status
+        with urllib.request.urlopen(request, timeout=60) as response:
+            code: int = response.status
+            return code
     except urllib.error.HTTPError as e:
         return e.code
+
+
+def post(url: str, body: bytes) -> int:
+    """The status of a request whose body is an image file."""
+    return status(url, body, **{"Inference-Header-Content-Length": "0"})

@@ -15,8 +15,11 @@ FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
 
 def descendants(pid: int) -> set[int]:
     """All processes below `pid`."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return set(map(int, children)).union(*(descendants(int(child)) for child in children))
+    children: set[int] = set()
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # any of them may have started one
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            children |= set(map(int, thread.read_text().split()))
+    return children.union(*map(descendants, children))
 
 
 def gone(pids: set[int], seconds: float = 20) -> bool:

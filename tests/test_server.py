@@ -11,13 +11,13 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import BIN, PHOTOS, Server, serving
+from conftest import BIN, PHOTOS, Server, at_each_batch, copy, serving, start_and_fail
 from ports import free_ports, wait_for
 from processes import (
     FREE_PORTS,
@@ -36,19 +36,7 @@ PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 
 
 # Root may read everything, without these two.
-AS_NOBODY_SPECIAL = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-
-
-def start_and_fail(repository: Path, *arguments: str, under: Sequence[str] = ()) -> str:
-    """What vit-server says where it must not start."""
-    command = [*under, BIN / "vit-server", "--model-repository", repository, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode not in (0, -9)
-    assert "Ready" not in result.stdout
-    assert "Traceback" not in result.stderr
-    sentences = result.stderr.removeprefix("Starting tritonserver …\n").splitlines()
-    assert len(sentences) == 1, result.stderr
-    return sentences[0]
+WITHOUT_OVERRIDES = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 
 
 def test_it_listens_where_it_says_and_nowhere_else(tiny_server: Server) -> None:
@@ -237,7 +225,7 @@ def test_warm_up_that_fails(
     tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends Triton by a signal, while other models still load, and mostly without a word."""
-    repository = Path(shutil.copytree(tiny_repository, tmp_path / "models"))
+    repository = copy(tiny_repository, tmp_path)
     path = str(repository / "vit" / "1" / "model.pt")
     torch.jit.save(torch.jit.script(OneAtATime(torch.jit.load(path))), path)
     seal(repository)
@@ -308,54 +296,38 @@ def test_folder_that_cannot_be_used(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     for option, words in (("noexec", "is mounted noexec"), ("size=1m", "cannot be written: No sp")):
-        command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-        result = subprocess.run(
-            [*with_mounts(f"mount -t tmpfs -o {option} tmpfs {tmp_path}"), *command],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert result.returncode == 1
-        assert f"vit-server: {tmp_path} {words}" in result.stderr
-        assert len(result.stderr.splitlines()) == 1
+        mounted = with_mounts(f"mount -t tmpfs -o {option} tmpfs {tmp_path}")
+        said = start_and_fail(tiny_repository, *FREE_PORTS, under=mounted)
+        assert said.startswith(f"vit-server: {tmp_path} {words}")
 
 
-def test_tmp_that_cannot_be_written(tiny_repository: Path) -> None:
-    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    result = subprocess.run(
-        [*with_mounts("mount -o bind,ro /tmp /tmp"), *command],
-        env={**os.environ, "TMPDIR": "/dev/shm"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("vit-server: /tmp cannot be written, and Triton's")
-    assert len(result.stderr.splitlines()) == 1
+def test_tmp_that_cannot_be_written(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    read_only = with_mounts("mount -o bind,ro /tmp /tmp")
+    said = start_and_fail(tiny_repository, *FREE_PORTS, under=read_only)
+    assert said.startswith("vit-server: /tmp cannot be written, and Triton's")
 
 
 def test_repository_that_cannot_be_read(tiny_repository: Path, tmp_path: Path) -> None:
-    repository = Path(shutil.copytree(tiny_repository, tmp_path / "models"))
+    repository = copy(tiny_repository, tmp_path)
     for part in (repository / "vit" / "1" / "model.pt", repository / "vit", repository):
         part.chmod(0)
-        said = start_and_fail(repository, *FREE_PORTS, under=AS_NOBODY_SPECIAL)
+        said = start_and_fail(repository, *FREE_PORTS, under=WITHOUT_OVERRIDES)
         assert "Permission denied" in said
         assert said.startswith(f"vit-server: {repository}")
 
 
 def test_first_answer_on_a_machine_that_is_too_busy(tiny_repository: Path, tmp_path: Path) -> None:
     """Triton takes a process that was silent for a second for dead."""
-    repository = Path(shutil.copytree(tiny_repository, tmp_path / "models"))
-    code, flag = repository / "preprocess" / "1" / "model.py", tmp_path / "was silent"
-    line = "        self.backlog.wait(len(requests))\n"
-    assert line in code.read_text()
-    silent = f"        import signal\n        flag = Path({str(flag)!r})\n"
-    silent += "        if not flag.exists():\n            flag.touch()\n"
-    silent += "            os.kill(os.getpid(), signal.SIGSTOP)\n"
-    code.write_text(
-        "import os\nfrom pathlib import Path\n" + code.read_text().replace(line, line + silent)
+    flag = tmp_path / "was silent"
+    repository = at_each_batch(
+        tiny_repository,
+        tmp_path,
+        "import os, pathlib, signal",
+        f"flag = pathlib.Path({str(flag)!r})",
+        "if not flag.exists():",
+        "    flag.touch()",
+        "    os.kill(os.getpid(), signal.SIGSTOP)",
     )
     with serving(repository, errors=True) as server:
         assert flag.exists()

@@ -68,6 +68,7 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
     allow_all_files()  # here, where HTTP comes in, and in tritonserver
     repository.check(args.model_repository)
     tls = _tls(args)
+    key = _admin_key() or secrets.token_hex(16)
     found = installation.find(getattr(args, "tritonserver", None))
     with workspace() as own, contextlib.ExitStack() as opened:
         ports = reserve_ports(args, opened)
@@ -76,7 +77,6 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
         repository.snapshot(args.model_repository.resolve(), models)
         largest = 0 if warm_up else repository.without_warm_up(models)
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
-        key = _admin_key() or secrets.token_hex(16)
         flags = [*tritonserver.log_flags(args.verbose), *flags]
         age = args.grpc_max_connection_age
         command = tritonserver.command(

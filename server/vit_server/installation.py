@@ -15,6 +15,7 @@ from .tritonserver import ServerError
 
 NVIDIA = Path("/opt/tritonserver")  # in its container images
 OUR_BACKENDS = Path(__file__).parent / "backends"
+STUB = "triton_python_backend_stub"
 _LIBTORCH = "libtriton_pytorch.so"
 
 
@@ -25,7 +26,7 @@ class Installation:
     binary: Path
     python_backend: Path  # folder with libtriton_python.so
     backends: Path | None  # all that are needed; None where `prepare` is to lay them out
-    stub: Path | None  # the process a Python model runs in, where it does not lie in python_backend
+    stub: Path  # the process a Python model runs in
     libraries: Path | None  # that the binary would not find
 
     @property
@@ -54,7 +55,8 @@ def _nvidia(root: Path) -> Installation:
                 f"{root} has no {path.relative_to(root)}: it takes a tritonserver with the "
                 "backends python and pytorch, as in NVIDIA's container images"
             )
-    return Installation(binary, backends / "python", backends, stub=None, libraries=None)
+    python = backends / "python"
+    return Installation(binary, python, backends, python / STUB, libraries=None)
 
 
 def _embedded() -> Installation:
@@ -68,7 +70,7 @@ def _embedded() -> Installation:
     package = Path(spec.origin).parent
     root = package / "tritonserver"
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = root / "python_backend_stubs" / python / "triton_python_backend_stub"
+    stub = root / "python_backend_stubs" / python / STUB
     libraries = package.parent / "nvidia_pytriton.libs"
     binary, python_backend = root / "bin" / "tritonserver", root / "backends" / "python"
     for path in (binary, python_backend, stub, libraries):
@@ -100,7 +102,7 @@ def prepare(installation: Installation, folder: Path) -> Path:
     backends = folder / "backends"
     try:
         shutil.copytree(installation.python_backend, backends / "python")
-        shutil.copy(installation.stub or "", backends / "python")
+        shutil.copy(installation.stub, backends / "python")
         shutil.copytree(OUR_BACKENDS / "pytorch", backends / "pytorch")
     except OSError as e:
         raise ServerError(

@@ -26,7 +26,7 @@ DRAIN_SECONDS = 30
 
 # Triton's words where a model's process has been silent for a second. On a machine that busy it is
 # the first answer that meets it.
-STALLED = re.compile("Stub process .* is not healthy")
+_STALLED = re.compile("Stub process .* is not healthy")
 
 # A proxy from the environment must not come between two processes of one machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -120,7 +120,7 @@ def _infer(ports: Ports, ensemble: str, output: str, images: int = 1) -> None:
             numbers = np.frombuffer(body[start:], triton_to_np_dtype(datatype))
     except urllib.error.HTTPError as e:
         reason = json.loads(e.read())["error"]
-        kind = Stalled if STALLED.search(reason) else ServerError
+        kind = Stalled if _STALLED.search(reason) else ServerError
         raise kind(f"{ensemble} is loaded but does not answer: {reason}") from e
     except OSError as e:
         raise ServerError(f"{ensemble} is loaded but does not answer: {e}") from e

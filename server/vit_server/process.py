@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TextIO
 
 from . import memory
+from .installation import STUB
 from .tritonserver import ServerError
 
 # prctl(2)
@@ -260,7 +261,7 @@ def _stubs(triton: int) -> dict[int, str]:
             for pid in children.read_text().split():
                 # …/triton_python_backend_stub …/preprocess/1/model.py …
                 words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                if words[0].endswith("triton_python_backend_stub"):
+                if words[0].endswith(STUB):
                     found[int(pid)] = Path(words[1]).parent.parent.name
     return found
 

@@ -14,7 +14,7 @@ from ports import free_ports
 from .engine import TOKEN, Engine
 
 # docker/README.md's, but for the repository and the ports.
-FLAGS = ("--read-only", "--tmpfs", "/tmp:exec", "--shm-size", "1g")
+FLAGS = ("--read-only", "--tmpfs", "/tmp:exec", "--shm-size", "1g", "--stop-timeout", "45")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def container(
     image: str,
     repository: Path | None,
     *flags: str,
-    command: tuple[str, ...] = (),
     hardening: tuple[str, ...] = FLAGS,
 ) -> Iterator[Container]:
     """Start it; it may fail. `flags` are added to README's, of which a later one counts."""
@@ -80,7 +79,7 @@ def container(
     volume = [f"--volume={repository}:/models:ro"] if repository else []
     ports = [f"--publish=127.0.0.1:{grpc}:8001", f"--publish=127.0.0.1:{http}:8000"]
     words = ["run", "--detach", f"--label={TOKEN}=1", f"--network={network}"]
-    name = docker(*words, *hardening, *volume, *ports, *flags, image, *command).stdout.strip()
+    name = docker(*words, *hardening, *volume, *ports, *flags, image).stdout.strip()
     try:
         yield Container(docker, name, f"127.0.0.1:{grpc}", f"http://127.0.0.1:{http}")
     finally:

@@ -39,7 +39,7 @@ def sbom(name: str, digest: str, found: dict[str, Any]) -> str:
         # Advisories are about source packages.
         more = {"arch": arch, "distro": distro, "upstream": f"{source}@{source_version}"}
         purls.append(PackageURL("deb", found["system"], package, version, more))
-    components = [_component(ComponentType.LIBRARY, purl) for purl in purls]
+    components = [_component(purl) for purl in purls]
     bom = Bom(components=components, serial_number=uuid.uuid5(uuid.NAMESPACE_OID, digest))
     image = Component(type=ComponentType.CONTAINER, name=name, version=digest, bom_ref=digest)
     bom.metadata.component = image
@@ -47,9 +47,13 @@ def sbom(name: str, digest: str, found: dict[str, Any]) -> str:
     return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"
 
 
-def _component(kind: ComponentType, purl: PackageURL) -> Component:
+def _component(purl: PackageURL) -> Component:
     return Component(
-        type=kind, name=purl.name, version=purl.version, purl=purl, bom_ref=purl.to_string()
+        type=ComponentType.LIBRARY,
+        name=purl.name,
+        version=purl.version,
+        purl=purl,
+        bom_ref=purl.to_string(),
     )
 
 

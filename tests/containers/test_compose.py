@@ -4,13 +4,9 @@ In a copy: free ports, names of images and a build's arguments are the tests' ow
 left out, since no stand-in for it would say more than the file's schema.
 """
 
-import json
 import os
 import shutil
 import subprocess
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +16,7 @@ import pytest
 import yaml
 from conftest import GOLDENS, PHOTOS
 from ports import free_ports
+from prometheus import Prometheus
 from vit_client import Client
 
 from .bases import ROOT, Bases, prometheus
@@ -42,13 +39,6 @@ class Project:
         container = self.compose("ps", "--quiet", name).stdout.strip()
         urls = [f"127.0.0.1:{self.ports[port]}" for port in (8001, 8000)]
         return Container(self.docker, container, *urls)
-
-    def query(self, expression: str) -> list[str]:
-        """The values that Prometheus has for it."""
-        query = urllib.parse.urlencode({"query": expression})
-        url = f"http://127.0.0.1:{self.ports[9090]}/api/v1/query?{query}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return [one["value"][1] for one in json.load(answer)["data"]["result"]]
 
 
 def changed(docker: Engine, built_on: Bases, ports: dict[int, int]) -> dict[str, Any]:
@@ -92,14 +82,6 @@ def project(docker: Engine, images: dict[str, str], built_on: Bases) -> Iterator
         compose("down", "--volumes")
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s")
-        time.sleep(1)
-
-
 def test_up(project: Project) -> None:
     """Built, healthy, hardened, answering, and seen by Prometheus."""
     server = project.service("server-cpu")
@@ -110,7 +92,8 @@ def test_up(project: Project) -> None:
     assert host["ReadonlyRootfs"]
     assert host["CapDrop"] == ["ALL"]
     assert host["Init"]
-    wait_for(lambda: project.query('up{job="vit"}') == ["1"])
+    monitoring = Prometheus(f"http://127.0.0.1:{project.ports[9090]}")
+    assert len(monitoring.wait('up{job="vit"}', lambda value: value == 1)) == 1
 
 
 def test_another_model(project: Project) -> None:

@@ -97,7 +97,7 @@ def test_nothing_accepted_is_lost(
             time.sleep(0.1)
         # Those that are sent now are on their way; the signal comes with the command, later.
         told.set()
-        docker("stop", "--time=45", server.name)
+        docker("stop", server.name)
         ended.set()
         for asker in askers:
             asker.join()
@@ -117,7 +117,7 @@ def test_stopped_while_loading(
     with container(docker, network, image, tiny, *init) as server:
         while "Starting tritonserver" not in server.log():
             assert server.state["Running"]
-        docker("stop", "--time=45", server.name)
+        docker("stop", server.name)
         assert server.state["ExitCode"] == 0
         assert "Ready" not in server.log()
 

@@ -1,13 +1,11 @@
 """The images: their files against linter and schema, and what they run, run."""
 
 import ast
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -16,26 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BIN, PHOTOS, Server
-from nvidia import DOCKER, container, copy, health, plain_triton, post
+from conftest import BIN, PHOTOS, Server, at_each_batch, copy, start_and_fail
+from nvidia import DOCKER, container, health, plain_triton, post, status
 from processes import FREE_PORTS, segments, tritonserver, workspaces
 from vit_client import Client
 
 ROOT = DOCKER.parent
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
-CLOSED = ("systemsharedmemory/status", "cudasharedmemory/status", "repository/index")
-CLOSED += ("trace/setting", "logging")
-
-
-def status(url: str, **headers: str) -> int:
-    body = b"" if "index" in url else None
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=30) as done:
-            code: int = done.status
-            return code
-    except urllib.error.HTTPError as e:
-        return e.code
+INDEX = "repository/index"  # asked for with POST
+CLOSED = ("systemsharedmemory/status", "cudasharedmemory/status", INDEX, "trace/setting", "logging")
 
 
 def test_dockerfile_lint() -> None:
@@ -166,11 +154,12 @@ def test_a_plain_tritonserver_serves_the_repository(
 def test_what_nobody_needs_is_closed(tiny_repository: Path, tiny_server: Server) -> None:
     with container(tiny_repository, VIT_ADMIN_KEY="secret\n") as server:
         for api in CLOSED:
-            assert status(f"{server.http_url}/v2/{api}") == 403
-            assert status(f"{tiny_server.http_url}/v2/{api}") == 403
-            assert status(f"{server.http_url}/v2/{api}", **{"vit-admin-key": "wrong"}) == 403
-        opened = f"{server.http_url}/v2/repository/index"
-        assert status(opened, **{"vit-admin-key": "secret"}) == 200
+            body = b"" if api == INDEX else None
+            assert status(f"{server.http_url}/v2/{api}", body) == 403
+            assert status(f"{tiny_server.http_url}/v2/{api}", body) == 403
+            assert status(f"{server.http_url}/v2/{api}", body, **{"vit-admin-key": "wrong"}) == 403
+        opened = f"{server.http_url}/v2/{INDEX}"
+        assert status(opened, b"", **{"vit-admin-key": "secret"}) == 200
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -204,48 +193,30 @@ def test_flags_are_passed_on(tiny_repository: Path) -> None:
     ],
 )
 def test_flags_that_are_not(tiny_repository: Path, flag: str, sentence: str) -> None:
-    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS, "--", flag]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"vit-server: {sentence}"
+    assert start_and_fail(tiny_repository, *FREE_PORTS, "--", flag) == f"vit-server: {sentence}"
 
 
 @pytest.mark.parametrize("key", ["two words", "€"])
-def test_key_that_no_header_can_have(tiny_repository: Path, key: str) -> None:
-    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    env = {**os.environ, "VIT_ADMIN_KEY": key}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("vit-server: VIT_ADMIN_KEY must be of visible ASCII")
-    assert len(done.stderr.splitlines()) == 1
-    assert key not in done.stderr.replace("without spaces", "")
+def test_key_that_no_header_can_have(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("VIT_ADMIN_KEY", key)
+    said = start_and_fail(tiny_repository, *FREE_PORTS)
+    assert said == "vit-server: VIT_ADMIN_KEY must be of visible ASCII characters, without spaces"
 
 
 def test_an_incomplete_tritonserver(tiny_repository: Path, tmp_path: Path) -> None:
-    command = [BIN / "vit-server", "--model-repository", tiny_repository]
-    command += ["--tritonserver", tmp_path]
     (tmp_path / "bin").mkdir()
     for missing in ("bin/tritonserver", "backends/python", "backends/pytorch"):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"vit-server: {tmp_path} has no {missing}: it takes ")
+        said = start_and_fail(tiny_repository, "--tritonserver", str(tmp_path))
+        assert said.startswith(f"vit-server: {tmp_path} has no {missing}: it takes ")
         (tmp_path / missing).mkdir(parents=True)
-
-
-def slow(repository: Path, folder: Path, seconds: int) -> Path:
-    """Where a batch of preprocess takes so long."""
-    changed = copy(repository, folder)
-    code = changed / "preprocess" / "1" / "model.py"
-    line = "        self.backlog.wait(len(requests))\n"
-    assert line in code.read_text()
-    code.write_text(code.read_text().replace(line, f"{line}        time.sleep({seconds})\n"))
-    return changed
 
 
 def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
     """A probe that waits for longer than it can, behind others that are answered."""
     with (
-        plain_triton(slow(tiny_repository, tmp_path, 4)) as server,
+        plain_triton(at_each_batch(tiny_repository, tmp_path, "time.sleep(4)")) as server,
         ThreadPoolExecutor(125) as askers,
     ):
         embed = f"{server.http_url}/v2/models/embed/infer"
@@ -265,7 +236,7 @@ def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
 
 
 def test_health_of_a_hung_server(tiny_repository: Path, tmp_path: Path) -> None:
-    with plain_triton(slow(tiny_repository, tmp_path, 1000)) as server:
+    with plain_triton(at_each_batch(tiny_repository, tmp_path, "time.sleep(1000)")) as server:
         assert health(server.http_url) == (1, "embed: no answer in 10 s, to anybody\n")
 
 

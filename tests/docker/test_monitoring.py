@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PHOTOS, Server
-from nvidia import copy, health, plain_triton, post
+from conftest import PHOTOS, Server, copy
+from nvidia import health, plain_triton, post
 from ports import free_ports
 from prometheus import MONITORING, Prometheus, program, prometheus
 

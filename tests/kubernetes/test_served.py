@@ -3,8 +3,6 @@
 import contextlib
 import shutil
 import subprocess
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import BIN, GOLDENS, PHOTOS, Server, serving
 from load import inputs, perf_analyzer
-from nvidia import container
+from nvidia import container, status
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 from vit_client import Client, Unavailable
@@ -44,26 +42,16 @@ def running(
         yield server, pod
 
 
-def status(server: Server, path: str, **headers: str) -> int:
-    request = urllib.request.Request(f"{server.http_url}/v2/{path}", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            code: int = response.status
-            return code
-    except urllib.error.HTTPError as e:
-        return e.code
-
-
 def test_gpu_overlay_serves(tiny_repository: Path) -> None:
     with running(rendered.kustomize(FOLDER / "overlays/gpu"), tiny_repository) as (server, _):
-        assert status(server, "health/live") == 200
+        assert status(f"{server.http_url}/v2/health/live") == 200
         with Client(server.url) as client:
             assert client.embed(PHOTOS / "coffee.jpg").shape == (64,)
         # With the key of the Secret, and not without.
-        settings = "trace/setting"
-        assert status(server, settings) == 403
-        assert status(server, settings, **{"vit-admin-key": "wrong"}) == 403
-        assert status(server, settings, **{"vit-admin-key": KEY}) == 200
+        settings = f"{server.http_url}/v2/trace/setting"
+        assert status(settings) == 403
+        assert status(settings, **{"vit-admin-key": "wrong"}) == 403
+        assert status(settings, **{"vit-admin-key": KEY}) == 200
         with InferenceServerClient(server.url) as triton:
             with pytest.raises(InferenceServerException, match="restricted"):
                 triton.get_model_repository_index()

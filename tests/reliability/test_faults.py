@@ -326,6 +326,7 @@ def malformed(model: str, name: str, datatype: str, shape: list[int]) -> pb.Mode
 
 MALFORMED = {
     "string": malformed("embed", "image", "BYTES", [1, 1]),
+    "no rows": malformed("preprocess", "image", "BYTES", [0, 1]),
     "no rows of pixels": malformed("vit", "pixels", "UINT8", [0, 64, 64, 3]),
 }
 
@@ -340,7 +341,7 @@ def test_malformed_requests_beside_others(tiny_server: Server, known: Known, kin
             others = asyncio.ensure_future(one_by_one(tiny_server.url, known, retries=1))
             sent = 0
             while sent < 20 or not others.done():
-                with contextlib.suppress(grpc.aio.AioRpcError):
+                with pytest.raises(grpc.aio.AioRpcError):
                     await send(MALFORMED[kind], timeout=30)
                 sent += 1
                 await asyncio.sleep(0.02)

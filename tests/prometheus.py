@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ports import free_ports, wait_for
 
-MONITORING = Path(__file__).parents[2] / "docker" / "monitoring"
+MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
 Sample = tuple[dict[str, str], float]
 
 
