@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from docker.prometheus import program
+from prometheus import program
 
 from . import rendered
 from .rendered import FOLDER, ROOT, find
