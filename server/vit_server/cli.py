@@ -21,16 +21,21 @@ from .workspace import workspace
 
 def main() -> None:
     """Entry point of the command."""
-    parser = _parser()
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
+    flags = words[cut + 1 :]
+    serves = "--help" not in flags
+    parser = _parser(serves=serves)
     args = parser.parse_args(words[:cut])
     if bool(args.tls_certificate) != bool(args.tls_key) or (
         args.tls_client_ca and not args.tls_key
     ):
         parser.error("TLS needs both --tls-certificate and --tls-key")
     try:
-        sys.exit(_serve_or_tell(args, words[cut + 1 :]))
+        if not serves:
+            installation.tell_flags(getattr(args, "tritonserver", None))
+            return
+        sys.exit(_serve_or_tell(args, flags))
     except ServerError as e:
         sys.exit(f"vit-server: {e}{memory.told()}")
 
@@ -220,7 +225,7 @@ def _seconds(text: str) -> int:
     return number
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-server",
         usage="%(prog)s --model-repository DIR [options] [-- --triton-flag …]",
@@ -229,18 +234,18 @@ def _parser() -> argparse.ArgumentParser:
         "the GPU where there is one. Exit codes: 0 stopped as asked; 1 it could not start, a "
         "model's process has ended, or not all was answered; 130 stopped at once; else "
         "tritonserver's.",
-        epilog="What follows -- goes to tritonserver as it is (tritonserver --help). In the "
-        "environment: OMP_NUM_THREADS, else threads for all cores this process may use; "
-        "VIT_ADMIN_KEY, which opens the calls that are closed (shared memory, model repository, "
-        "trace, logging) to those who send it as the header vit-admin-key over HTTP, or "
-        "triton-grpc-protocol-vit-admin-key over gRPC.",
+        epilog="What follows -- goes to tritonserver as it is (vit-server -- --help lists its "
+        "flags). In the environment: OMP_NUM_THREADS, else threads for all cores this process may "
+        "use; VIT_ADMIN_KEY, which opens the calls that are closed (shared memory, model "
+        "repository, trace, logging) to those who send it as the header vit-admin-key over HTTP, "
+        "or triton-grpc-protocol-vit-admin-key over gRPC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add(
         "--model-repository",
         type=Path,
-        required=True,
+        required=serves,
         metavar="DIR",
         help="what vit-builder wrote",
         default=argparse.SUPPRESS,

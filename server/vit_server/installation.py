@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -136,6 +137,14 @@ def environment(installation: Installation) -> dict[str, str]:
     # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
     env.setdefault("GOMP_SPINCOUNT", "10000")
     return env
+
+
+def tell_flags(root: Path | None) -> None:
+    """Print the help of the tritonserver in `root`, as `find` finds it. Raises ServerError."""
+    found = find(root)
+    # 2.51 writes it to standard error, and ends with exit code 1.
+    command = [str(found.binary), "--help"]
+    subprocess.run(command, env=environment(found), stderr=subprocess.STDOUT, check=False)
 
 
 def cores() -> int:

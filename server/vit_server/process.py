@@ -34,8 +34,8 @@ _LOAD_FAILURE = re.compile(
     r"(?: version \d+)?: (.*)"
 )
 
-# Before two hundred lines of its usage.
-_UNKNOWN = re.compile(r"tritonserver: unrecognized option '([^']+)'")
+# What getopt says of a flag, before two hundred lines of usage.
+_WRONG_FLAG = re.compile(r"tritonserver: ((?:unrecognized |invalid )?option .*)")
 
 # The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
@@ -134,8 +134,10 @@ class TritonProcess:
         for line in log:
             if found := _LOAD_FAILURE.search(line):
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
-            if found := _UNKNOWN.search(line):
-                return ServerError(f"tritonserver knows no {found[1]}: tritonserver --help")
+            if found := _WRONG_FLAG.search(line):
+                return ServerError(
+                    f"tritonserver: {found[1]}; vit-server -- --help lists its flags"
+                )
         log = [line for line in log if line.strip() and not _NOISE.search(line)]
         errors = [line for line in log if re.match(r"E\d{4} ", line)]
         reason = _clean((errors or log or ["it said nothing"])[-1]).partition(r"\n")[0]

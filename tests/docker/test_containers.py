@@ -180,11 +180,16 @@ def test_flags_are_passed_on(tiny_repository: Path) -> None:
         assert "Found 0 live models" in server.process.communicate()[1]
 
 
+HELP = "vit-server -- --help lists its flags"
+
+
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
         ("--grpc-port=1", "--grpc-port cannot be passed on to tritonserver: vit-server sets it"),
-        ("--what=1", "tritonserver knows no --what=1: tritonserver --help"),
+        ("--what=1", f"tritonserver: unrecognized option '--what=1'; {HELP}"),
+        ("-x", f"tritonserver: invalid option -- 'x'; {HELP}"),
+        ("--log-info", f"tritonserver: option '--log-info' requires an argument; {HELP}"),
         (
             "--buffer-manager-thread-count=many",
             "tritonserver ended with exit code 1: Invalid option value. Got many",
@@ -194,6 +199,11 @@ def test_flags_are_passed_on(tiny_repository: Path) -> None:
 )
 def test_flags_that_are_not(tiny_repository: Path, flag: str, sentence: str) -> None:
     assert start_and_fail(tiny_repository, *FREE_PORTS, "--", flag) == f"vit-server: {sentence}"
+
+
+def test_flags_are_told() -> None:
+    command = [BIN / "vit-server", "--", "--help"]
+    assert "--exit-timeout-secs <integer>" in subprocess.check_output(command, text=True)
 
 
 @pytest.mark.parametrize("key", ["two words", "€"])
