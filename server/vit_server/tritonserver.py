@@ -7,6 +7,16 @@ from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 MIB = 1 << 20
+# Not given, since their defaults are what vit-server relies on, or there is another name for them.
+_KEPT = (
+    "--model-store",
+    "--strict-readiness",
+    "--allow-http",
+    "--allow-grpc",
+    "--allow-metrics",
+    "--grpc-use-ssl",
+    "--grpc-use-ssl-mutual",
+)
 # Of the calls for administrators: shared memory, model repository, trace, logging.
 KEY_HEADER = "vit-admin-key"
 
@@ -49,7 +59,7 @@ def command(
     """tritonserver with its arguments.
 
     Raises:
-        ServerError: `further` has one that is given already.
+        ServerError: `further` has one that is vit-server's to set.
     """
     # Triton has no switch to turn these calls off: a key does it. Shared memory would let a client
     # name a file of /dev/shm to read or write.
@@ -78,10 +88,13 @@ def command(
         f"--backend-config=python,shm-growth-byte-size={64 * MIB}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
     ]
-    taken = {flag.partition("=")[0] for flag in ours}
-    for flag in further:
-        if (name := flag.partition("=")[0]) in taken:
-            raise ServerError(f"{name} cannot be passed on to tritonserver: vit-server sets it")
+    taken = [*(flag.partition("=")[0] for flag in ours), *_KEPT]
+    for name in (flag.partition("=")[0] for flag in further):
+        # getopt takes what a flag begins with for that flag.
+        if full := [flag for flag in taken if flag.startswith(name) and len(name) > len("--")]:
+            raise ServerError(
+                f"{name} cannot be passed on to tritonserver: vit-server sets {min(full, key=len)}"
+            )
     return [str(binary), *ours, *settings, *further]
 
 

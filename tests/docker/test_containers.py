@@ -180,13 +180,18 @@ def test_flags_are_passed_on(tiny_repository: Path) -> None:
         assert "Found 0 live models" in server.process.communicate()[1]
 
 
+OURS = "cannot be passed on to tritonserver: vit-server sets"
 HELP = "vit-server -- --help lists its flags"
 
 
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        ("--grpc-port=1", "--grpc-port cannot be passed on to tritonserver: vit-server sets it"),
+        ("--grpc-port=1", f"--grpc-port {OURS} --grpc-port"),
+        ("--http-por=1", f"--http-por {OURS} --http-port"),
+        ("--model-s=/tmp", f"--model-s {OURS} --model-store"),
+        ("--allow-http=false", f"--allow-http {OURS} --allow-http"),
+        ("--grpc-use-ssl=1", f"--grpc-use-ssl {OURS} --grpc-use-ssl"),
         ("--what=1", f"tritonserver: unrecognized option '--what=1'; {HELP}"),
         ("-x", f"tritonserver: invalid option -- 'x'; {HELP}"),
         ("--log-info", f"tritonserver: option '--log-info' requires an argument; {HELP}"),
