@@ -102,6 +102,7 @@ def test_compose_service(name: str) -> None:
     if "build" in service:
         stages = re.findall(r"^FROM .* AS (\S+)$", (DOCKER / "Dockerfile").read_text(), re.M)
         assert service["build"]["target"] in stages
+        assert ("VIT_ADMIN_KEY" in service["environment"]) == name.startswith("server")
     else:
         assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])  # pinned
 
@@ -151,15 +152,20 @@ def test_a_plain_tritonserver_serves_the_repository(
             assert client.classify(photo) == ours.classify(photo)
 
 
-def test_what_nobody_needs_is_closed(tiny_repository: Path, tiny_server: Server) -> None:
-    with container(tiny_repository, VIT_ADMIN_KEY="secret\n") as server:
+@pytest.mark.parametrize(
+    ("variable", "key", "opened"), [("secret\n", "secret", 200), ("", "", 403)]
+)
+def test_what_nobody_needs_is_closed(
+    tiny_repository: Path, tiny_server: Server, variable: str, key: str, opened: int
+) -> None:
+    with container(tiny_repository, VIT_ADMIN_KEY=variable) as server:
         for api in CLOSED:
             body = b"" if api == INDEX else None
             assert status(f"{server.http_url}/v2/{api}", body) == 403
             assert status(f"{tiny_server.http_url}/v2/{api}", body) == 403
             assert status(f"{server.http_url}/v2/{api}", body, **{"vit-admin-key": "wrong"}) == 403
-        opened = f"{server.http_url}/v2/{INDEX}"
-        assert status(opened, b"", **{"vit-admin-key": "secret"}) == 200
+        asked = status(f"{server.http_url}/v2/{INDEX}", b"", **{"vit-admin-key": key})
+        assert asked == opened
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
