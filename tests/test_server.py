@@ -314,7 +314,7 @@ def test_repository_that_cannot_be_read(tiny_repository: Path, tmp_path: Path) -
         part.chmod(0)
         said = start_and_fail(repository, *FREE_PORTS, under=WITHOUT_OVERRIDES)
         assert "Permission denied" in said
-        assert said.startswith(f"vit-server: {repository}")
+        assert said.startswith(f"vit-server: {part}")
 
 
 def test_first_answer_on_a_machine_that_is_too_busy(tiny_repository: Path, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def _copied_in_one_piece(repository: Path, to: Path) -> bool:
                 raise
         return repository.stat().st_ino == before
     except OSError as e:
-        raise ServerError(f"{repository} cannot be copied to {to.parent}: {reason(e)}") from e
+        file = e.args[0][0][0] if isinstance(e, shutil.Error) else repository
+        raise ServerError(f"{file} cannot be copied to {to.parent}: {reason(e)}") from e
 
 
 def _check_digests(repository: Path, copy: Path) -> None:
