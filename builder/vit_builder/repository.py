@@ -14,10 +14,12 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
+from . import ensembles
 from .checkpoint import Checkpoint
 
 TEMPLATE = Path(__file__).parent / "model_repository"
 REPORT = "build_report.json"
+CONFIG = "config.pbtxt"
 QUEUED_BATCHES = 8  # see preprocess/config.pbtxt
 MODEL, LABELS = BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")
 
@@ -51,8 +53,13 @@ def fill(
     # With .gitkeep: an ensemble's version folder is empty, but has to survive git and zip.
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(TEMPLATE, folder, ignore=ignore, dirs_exist_ok=True)
+    whole = text_format.Parse((folder / ensembles.WHOLE / CONFIG).read_text(), ModelConfig())
+    for name in ensembles.PARTS:
+        shutil.copytree(folder / ensembles.WHOLE, folder / name)
+        config = ensembles.part(whole, name)
+        (folder / name / CONFIG).write_text(text_format.MessageToString(config))
     dims = _dims(checkpoint, settings)
-    for path in sorted(folder.glob("*/config.pbtxt")):
+    for path in sorted(folder.glob(f"*/{CONFIG}")):
         config = text_format.Parse(path.read_text(), ModelConfig())
         config.max_batch_size = settings.max_batch_size
         for tensor in (*config.input, *config.output):

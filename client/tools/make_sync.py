@@ -37,7 +37,18 @@ from ._async import AsyncClient
 from ._bridge import Bridge
 from ._progress import Progress
 from ._settings import ChannelOptions
-from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
+from .types import (
+    Analysis,
+    AnswersT,
+    Features,
+    Health,
+    ImageLike,
+    Item,
+    Model,
+    OnError,
+    Prediction,
+    Task,
+)
 
 '''
 

@@ -6,6 +6,7 @@
         client.classify("cat.jpg")  # [Prediction(label, index, score), …]
         client.embed(["a.jpg", "b.jpg"])  # float32 [2, D]
         client.features("cat.jpg")["neck"]  # float32 [D, h, w]
+        client.analyze("cat.jpg")  # predictions and embedding of one forward pass
         for item in client.stream(paths, task="embed", on_error="return"):
             ...
 
@@ -28,12 +29,13 @@ from .errors import (
     Unavailable,
     VitClientError,
 )
-from .types import Features, Health, ImageLike, Item, Model, Prediction
+from .types import Analysis, Features, Health, ImageLike, Item, Model, Prediction
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccessDenied",
+    "Analysis",
     "AsyncClient",
     "BadImage",
     "BadImages",

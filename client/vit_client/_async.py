@@ -11,13 +11,25 @@ from typing import Any, Literal, get_args, overload
 import numpy as np
 import numpy.typing as npt
 
-from . import _health, _wire
+from . import _health
 from ._engine import Engine
 from ._images import is_one_image, mistaken
 from ._progress import Meter, Progress
+from ._question import Question, question
 from ._settings import ChannelOptions, Settings, check_timeout
 from .errors import BadImages
-from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
+from .types import (
+    Analysis,
+    AnswersT,
+    Features,
+    Health,
+    ImageLike,
+    Item,
+    Model,
+    OnError,
+    Prediction,
+    Task,
+)
 
 
 class AsyncClient:
@@ -141,8 +153,7 @@ class AsyncClient:
             BadImages: Some of several images cannot be used; has the answers of the others.
             ValueError: The model has no `top_k` classes to offer.
         """
-        left = await self._check_top_k(top_k, self._timeout(timeout))
-        result: list[Any] = await self._ask("classify", images, left, top_k)
+        result: list[Any] = await self._ask(question("classify", top_k), images, timeout)
         return result
 
     async def probabilities(
@@ -162,7 +173,9 @@ class AsyncClient:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        result: npt.NDArray[np.float32] = await self._ask("probabilities", images, timeout)
+        result: npt.NDArray[np.float32] = await self._ask(
+            question("probabilities"), images, timeout
+        )
         return result
 
     async def embed(
@@ -183,7 +196,7 @@ class AsyncClient:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        result: npt.NDArray[np.float32] = await self._ask("embed", images, timeout)
+        result: npt.NDArray[np.float32] = await self._ask(question("embed"), images, timeout)
         return result
 
     async def features(
@@ -204,8 +217,73 @@ class AsyncClient:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        result: Features = await self._ask("features", images, timeout)
+        result: Features = await self._ask(question("features"), images, timeout)
         return result
+
+    @overload
+    async def analyze(  # type: ignore[overload-overlap]
+        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+    ) -> Analysis: ...
+    @overload
+    async def analyze(
+        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+    ) -> list[Analysis]: ...
+    @overload
+    async def analyze(  # type: ignore[overload-overlap]
+        self,
+        images: ImageLike,
+        *,
+        into: type[AnswersT],
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> AnswersT: ...
+    @overload
+    async def analyze(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        into: type[AnswersT],
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> list[AnswersT]: ...
+    async def analyze(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        into: type[Any] = Analysis,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> Any:
+        """Several of these questions at once, for the price of one: a single forward pass.
+
+            predictions, embedding = client.analyze("cat.jpg")
+
+        Other answers are asked for by a class that has fields for them:
+
+            class Card(NamedTuple):
+                probabilities: npt.NDArray[np.float32]
+                embedding: npt.NDArray[np.float32]
+
+            card = client.analyze("cat.jpg", into=Card)  # a Card
+
+        Args:
+            images: One image, or several.
+            into: A NamedTuple or dataclass with some of the fields `predictions`, `probabilities`,
+                `embedding` and `neck`, each as its own method returns it for one image. Only these
+                are asked for. By default Analysis: `predictions` and `embedding`.
+            top_k: How many predictions; at most `model().max_top_k`.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image an `into`, for several a list of them.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+            ModelNotServed: The server's models are of an older vit-builder, without `analyze`.
+            ValueError: `into` has other fields, or the model has no `top_k` classes to offer.
+        """
+        return await self._ask(question("analyze", top_k, into), images, timeout)
 
     @overload
     def stream(
@@ -243,7 +321,31 @@ class AsyncClient:
         self,
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
+        task: Literal["analyze"],
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[Analysis], None]: ...
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["analyze"],
+        into: type[AnswersT],
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item[AnswersT], None]: ...
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
         task: Task = "embed",
+        into: type[Any] | None = None,
         top_k: int = 5,
         on_error: OnError = "raise",
         progress: Progress = False,
@@ -254,6 +356,7 @@ class AsyncClient:
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
         task: Task = "embed",
+        into: type[Any] | None = None,
         top_k: int = 5,
         on_error: OnError = "raise",
         progress: Progress = False,
@@ -268,8 +371,9 @@ class AsyncClient:
 
         Args:
             images: Any iterable or async iterable of images.
-            task: "classify", "probabilities", "embed" or "features".
-            top_k: How many classes; for "classify" only.
+            task: "classify", "probabilities", "embed", "features" or "analyze".
+            into: What "analyze" is to answer, as in the method of that name.
+            top_k: How many classes; for "classify" and "analyze".
             on_error: What to do with an image that cannot be used: "raise" its BadImage when its
                 turn comes, "return" it as an item with `error` set, or "skip" it. All that is not
                 the fault of an image, such as a server that went away, raises in any case.
@@ -281,7 +385,7 @@ class AsyncClient:
             An Item for each image: `index`, `image`, and `result` as the method of the task
             would return it for this one image.
         """
-        batches = self._batches(images, task, top_k, on_error, progress, timeout)
+        batches = self._batches(images, task, into, top_k, on_error, progress, timeout)
         return _flatten(batches, on_error)
 
     async def model(self, *, timeout: float | None = None) -> Model:
@@ -325,36 +429,36 @@ class AsyncClient:
             self._engine.connection.settings.timeout if timeout is None else check_timeout(timeout)
         )
 
-    async def _check_top_k(self, top_k: int, timeout: float) -> float:
+    async def _check_top_k(self, asked: Question, timeout: float) -> float:
         """Returns what is left of `timeout`."""
+        if "predictions" not in asked.answers:
+            return timeout
         started = time.monotonic()
         most = (await self.model(timeout=timeout)).max_top_k
-        if not isinstance(top_k, int) or not 1 <= top_k <= most:
-            raise ValueError(f"top_k must be a whole number from 1 to {most}, not {top_k!r}")
+        if not isinstance(asked.top_k, int) or not 1 <= asked.top_k <= most:
+            raise ValueError(f"top_k must be a whole number from 1 to {most}, not {asked.top_k!r}")
         return max(0.001, timeout - (time.monotonic() - started))
 
-    async def _ask(self, task: Task, images: Any, timeout: float | None, top_k: int = 0) -> Any:
-        seconds = self._timeout(timeout)
+    async def _ask(self, asked: Question, images: Any, timeout: float | None) -> Any:
+        seconds = await self._check_top_k(asked, self._timeout(timeout))
         if is_one_image(images):
-            (item,) = await self._engine.chunk(task, [images], 0, seconds, top_k)
-            return _wire.own(task, item.result)
+            (item,) = await self._engine.chunk(asked, [images], 0, seconds)
+            return asked.one(item.result)
         items = [
-            item
-            async for batch in self._engine.batches(task, images, seconds, top_k)
-            for item in batch
+            item async for batch in self._engine.batches(asked, images, seconds) for item in batch
         ]
         errors = [item.error for item in items if item.error is not None]
         if errors:
             raise BadImages(
-                errors,
-                [None if item.error else _wire.own(task, item.result) for item in items],
+                errors, [None if item.error else asked.one(item.result) for item in items]
             )
-        return _wire.stack(task, [item.result for item in items], await self.model())
+        return asked.several([item.result for item in items], await self.model())
 
     def _batches(
         self,
         images: Any,
         task: Task,
+        into: type[Any] | None,
         top_k: int,
         on_error: OnError,
         progress: Progress,
@@ -366,25 +470,25 @@ class AsyncClient:
         if is_one_image(images):
             words = mistaken(images) or f"not one {type(images).__name__}"
             raise TypeError(f"stream takes an iterable of images, {words}")
-        seconds = self._timeout(timeout)
-        return self._run_batches(images, task, top_k, on_error, progress, seconds)
+        if into and task != "analyze":
+            raise ValueError(f"into goes with task='analyze', not {task!r}")
+        asked = question(task, top_k, into or (Analysis if task == "analyze" else None))
+        return self._run_batches(images, asked, on_error, progress, self._timeout(timeout))
 
     async def _run_batches(
         self,
         images: Any,
-        task: Task,
-        top_k: int,
+        asked: Question,
         on_error: OnError,
         progress: Progress,
         timeout: float,
     ) -> AsyncGenerator[list[Item[Any]], None]:
-        if task == "classify":
-            await self._check_top_k(top_k, timeout)
-        batches = self._engine.batches(task, images, timeout, top_k)
+        await self._check_top_k(asked, timeout)
+        batches = self._engine.batches(asked, images, timeout)
         with Meter(progress, images) as meter:
             try:
                 async for batch in batches:
-                    yield _settle(batch, task, on_error)
+                    yield _settle(batch, asked, on_error)
                     meter.add(len(batch))
             finally:
                 await batches.aclose()
@@ -403,10 +507,10 @@ async def _flatten(
         await batches.aclose()
 
 
-def _settle(batch: list[Item[Any]], task: Task, on_error: OnError) -> list[Item[Any]]:
+def _settle(batch: list[Item[Any]], asked: Question, on_error: OnError) -> list[Item[Any]]:
     """Items that the caller may keep: detached from the response they came in."""
     return [
-        item if item.error else Item(item.index, item.image, _wire.own(task, item.result))
+        item if item.error else Item(item.index, item.image, asked.one(item.result))
         for item in batch
         if item.error is None or on_error != "skip"
     ]

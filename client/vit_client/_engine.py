@@ -14,6 +14,7 @@ from . import _wire
 from ._connection import Connection
 from ._images import ENCODED, Refused, Unusable, encode, is_read, name_of, too_large
 from ._loading import Loaded, Reading, Threads
+from ._question import Question
 from ._settings import Settings
 from ._source import chunks
 from .errors import BadImage, InvalidRequest, ServerError, is_too_large
@@ -66,7 +67,7 @@ class Engine:
     # -- one chunk ---------------------------------------------------------------------------
 
     async def chunk(
-        self, task: str, images: list[Any], first: int, timeout: float, top_k: int
+        self, question: Question, images: list[Any], first: int, timeout: float
     ) -> list[Item[Any]]:
         """Answers to a few images, the first of which has index `first`. A bad image becomes an
         item with an error; every other failure raises.
@@ -84,22 +85,22 @@ class Engine:
         while row < len(images):
             reading = Reading(images, row, kept, min(self._room, most), load)
             patience = min(_PATIENCE_THEN if hanging else _PATIENCE, timeout / 4)
-            await self._load(reading, images, patience, begun + timeout / 2, task)
+            await self._load(reading, images, patience, begun + timeout / 2, question.task)
             loaded, row, busy = reading.take()
             kept = reading.kept
             if busy:
                 hanging.append((reading, row, begun + timeout))
                 row += 1
-            results.update(await self._infer(task, loaded, timeout, begun + timeout, top_k))
+            results.update(await self._infer(question, loaded, timeout, begun + timeout))
             begun = time.monotonic()
         for reading, row, deadline in hanging:
-            await self._wait(reading, deadline - time.monotonic(), task)
+            await self._wait(reading, deadline - time.monotonic(), question.task)
             loaded, _, _ = reading.take()
             if not loaded:
                 loaded = {row: Unusable(f"could not be read within {timeout:g} s")}
-            results.update(await self._infer(task, loaded, timeout, deadline, top_k))
+            results.update(await self._infer(question, loaded, timeout, deadline))
         return [
-            _item(task, first + position, image, results[position])
+            _item(question.task, first + position, image, results[position])
             for position, image in enumerate(images)
         ]
 
@@ -141,22 +142,22 @@ class Engine:
         return ended
 
     async def _infer(
-        self, task: str, loaded: Loaded, timeout: float, deadline: float, top_k: int
+        self, question: Question, loaded: Loaded, timeout: float, deadline: float
     ) -> dict[int, Any]:
         """Result or Unusable for each of `loaded`. The server refuses a request whole if it has
         bad images, and names them; the others are sent again without those."""
         results: dict[int, Any] = {k: v for k, v in loaded.items() if isinstance(v, Unusable)}
         files = {k: v for k, v in loaded.items() if not isinstance(v, Unusable)}
         while files:
-            message = _wire.request(task, list(files.values()))
+            message = _wire.request(question, list(files.values()))
             try:
                 response = await self.connection.call(
-                    "ModelInfer", message, timeout=timeout, deadline=deadline, task=task
+                    "ModelInfer", message, timeout=timeout, deadline=deadline, task=question.task
                 )
             except InvalidRequest as error:
                 deadline = time.monotonic() + timeout
                 if is_too_large(error, message.ByteSize()):
-                    return results | await self._in_parts(task, files, timeout, error, top_k)
+                    return results | await self._in_parts(question, files, timeout, error)
                 rows = list(files)
                 bad = {
                     rows[row]: reason
@@ -169,18 +170,18 @@ class Engine:
                     results[position] = Refused(reason)
                     del files[position]
             else:
-                answers = _wire.answer(task, response, top_k)
+                answers = _wire.rows(question, response)
                 if len(answers) != len(files):  # seen once, from a Triton 2.51 about to crash
                     raise ServerError(
                         f"the server answered {len(files)} images with {len(answers)} rows",
-                        task=task,
+                        task=question.task,
                     )
                 results.update(zip(files, answers, strict=True))
                 break
         return results
 
     async def _in_parts(
-        self, task: str, files: dict[int, bytes], timeout: float, error: InvalidRequest, top_k: int
+        self, question: Question, files: dict[int, bytes], timeout: float, error: InvalidRequest
     ) -> dict[int, Any]:
         """Results of a request that was too large, to the server or to a proxy before it, although
         it kept to what the server tells: in smaller ones, which are the rule from now on."""
@@ -193,18 +194,18 @@ class Engine:
         for rows in (list(files)[:half], list(files)[half:]):
             part: Loaded = {row: files[row] for row in rows}
             deadline = time.monotonic() + timeout
-            results |= await self._infer(task, part, timeout, deadline, top_k)
+            results |= await self._infer(question, part, timeout, deadline)
         return results
 
     # -- many chunks -------------------------------------------------------------------------
 
     async def batches(
-        self, task: str, images: Any, timeout: float, top_k: int
+        self, question: Question, images: Any, timeout: float
     ) -> AsyncGenerator[list[Item[Any]], None]:
         """Items of all images, in order, a chunk at a time. Closing it cancels what is in
         flight."""
         model = await self.connection.model(timeout)
-        fitting = max(1, _MAX_ANSWER_BYTES // _wire.answer_bytes(task, model))
+        fitting = max(1, _MAX_ANSWER_BYTES // question.answer_bytes(model))
         source = chunks(images, min(model.max_batch_size, fitting))
         window = _Window(self.connection.settings.concurrency, timeout)
         queue: asyncio.Queue[asyncio.Task[list[Item[Any]]] | None] = asyncio.Queue()
@@ -212,7 +213,7 @@ class Engine:
 
         async def send(chunk: list[Any], first: int) -> list[Item[Any]]:
             started = time.monotonic()
-            items = await self.chunk(task, chunk, first, timeout, top_k)
+            items = await self.chunk(question, chunk, first, timeout)
             window.took(time.monotonic() - started)
             return items
 
@@ -237,7 +238,7 @@ class Engine:
                 yield items
                 window.leave()
             if self.connection.closed:
-                raise self.connection.closed_meanwhile(task)
+                raise self.connection.closed_meanwhile(question.task)
             await feeding
         finally:
             tasks = [feeding, *untaken]

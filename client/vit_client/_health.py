@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from tritonclient.grpc import service_pb2 as pb
 
 from . import _wire
+from ._question import question
 from .errors import VitClientError
 from .types import Health
 
 if TYPE_CHECKING:
     from ._connection import Connection
 
-_TASK = "embed"
+_QUESTION = question("embed")
 _ONE_PIXEL = b"P6 1 1 255\n\x80\x80\x80"
 
 
@@ -36,8 +37,8 @@ async def check(connection: Connection, timeout: float) -> Health:
         server = f"{about.name} {about.version}"
         ready = (await ask("ServerReady", pb.ServerReadyRequest())).ready
         started = time.monotonic()
-        answer = await ask("ModelInfer", _wire.request(_TASK, [_ONE_PIXEL]), _TASK)
-        _wire.answer(_TASK, answer, 0)
+        message = _wire.request(_QUESTION, [_ONE_PIXEL])
+        _wire.rows(_QUESTION, await ask("ModelInfer", message, _QUESTION.task))
         latency = time.monotonic() - started
     except VitClientError as error:
         problem = error.message

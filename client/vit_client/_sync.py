@@ -18,7 +18,18 @@ from ._async import AsyncClient
 from ._bridge import Bridge
 from ._progress import Progress
 from ._settings import ChannelOptions
-from .types import Features, Health, ImageLike, Item, Model, OnError, Prediction, Task
+from .types import (
+    Analysis,
+    AnswersT,
+    Features,
+    Health,
+    ImageLike,
+    Item,
+    Model,
+    OnError,
+    Prediction,
+    Task,
+)
 
 
 class Client:
@@ -206,6 +217,77 @@ class Client:
         return self._bridge.run(self._bridge.client.features(images, timeout=timeout))
 
     @overload
+    def analyze(
+        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+    ) -> Analysis: ...
+
+    @overload
+    def analyze(
+        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+    ) -> list[Analysis]: ...
+
+    @overload
+    def analyze(
+        self,
+        images: ImageLike,
+        *,
+        into: type[AnswersT],
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> AnswersT: ...
+
+    @overload
+    def analyze(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        into: type[AnswersT],
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> list[AnswersT]: ...
+
+    def analyze(
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        into: type[Any] = Analysis,
+        top_k: int = 5,
+        timeout: float | None = None,
+    ) -> Any:
+        """Several of these questions at once, for the price of one: a single forward pass.
+
+            predictions, embedding = client.analyze("cat.jpg")
+
+        Other answers are asked for by a class that has fields for them:
+
+            class Card(NamedTuple):
+                probabilities: npt.NDArray[np.float32]
+                embedding: npt.NDArray[np.float32]
+
+            card = client.analyze("cat.jpg", into=Card)  # a Card
+
+        Args:
+            images: One image, or several.
+            into: A NamedTuple or dataclass with some of the fields `predictions`, `probabilities`,
+                `embedding` and `neck`, each as its own method returns it for one image. Only these
+                are asked for. By default Analysis: `predictions` and `embedding`.
+            top_k: How many predictions; at most `model().max_top_k`.
+            timeout: Seconds for each request; the client's own if not given.
+
+        Returns:
+            For one image an `into`, for several a list of them.
+
+        Raises:
+            BadImage: The image cannot be used.
+            BadImages: Some of several images cannot be used; has the answers of the others.
+            ModelNotServed: The server's models are of an older vit-builder, without `analyze`.
+            ValueError: `into` has other fields, or the model has no `top_k` classes to offer.
+        """
+        return self._bridge.run(
+            self._bridge.client.analyze(images, into=into, top_k=top_k, timeout=timeout)
+        )
+
+    @overload
     def stream(
         self,
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
@@ -244,7 +326,33 @@ class Client:
         self,
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
+        task: Literal["analyze"],
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[Analysis], None, None]: ...
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
+        task: Literal["analyze"],
+        into: type[AnswersT],
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        progress: Progress = False,
+        timeout: float | None = None,
+    ) -> Generator[Item[AnswersT], None, None]: ...
+
+    @overload
+    def stream(
+        self,
+        images: Iterable[ImageLike] | AsyncIterable[ImageLike],
+        *,
         task: Task = "embed",
+        into: type[Any] | None = None,
         top_k: int = 5,
         on_error: OnError = "raise",
         progress: Progress = False,
@@ -256,6 +364,7 @@ class Client:
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
         task: Task = "embed",
+        into: type[Any] | None = None,
         top_k: int = 5,
         on_error: OnError = "raise",
         progress: Progress = False,
@@ -270,8 +379,9 @@ class Client:
 
         Args:
             images: Any iterable or async iterable of images.
-            task: "classify", "probabilities", "embed" or "features".
-            top_k: How many classes; for "classify" only.
+            task: "classify", "probabilities", "embed", "features" or "analyze".
+            into: What "analyze" is to answer, as in the method of that name.
+            top_k: How many classes; for "classify" and "analyze".
             on_error: What to do with an image that cannot be used: "raise" its BadImage when its
                 turn comes, "return" it as an item with `error` set, or "skip" it. All that is not
                 the fault of an image, such as a server that went away, raises in any case.
@@ -287,6 +397,7 @@ class Client:
             self._bridge.client._batches(
                 images=images,
                 task=task,
+                into=into,
                 top_k=top_k,
                 on_error=on_error,
                 progress=progress,

@@ -1,4 +1,4 @@
-"""Requests and answers of the four ensembles, as Triton's gRPC protocol has them."""
+"""Requests and answers of the ensembles, as Triton's gRPC protocol has them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2 as pb
 
+from ._question import Question
 from .errors import ModelNotServed
 from .types import Model, Prediction
 
 MODEL = "vit"
+
+# What an answer is made of.
+_OUTPUTS = {
+    "predictions": ("scores", "indices", "labels"),
+    "probabilities": ("probabilities",),
+    "embedding": ("embedding",),
+    "neck": ("neck",),
+}
 
 # Of a server that tells no bound.
 _MAX_REQUEST_BYTES = 64 << 20
@@ -25,10 +34,13 @@ _DTYPES = {"FP32": "<f4", "FP16": "<f2", "INT32": "<i4"}
 _BAD_ROW = re.compile(r"(?:^|\W)image\[(\d+)\]: *(.*)")
 
 
-def request(task: str, files: Sequence[bytes]) -> pb.ModelInferRequest:
-    """One request for `task` with one encoded file a row."""
-    message = pb.ModelInferRequest(model_name=task)
+def request(question: Question, files: Sequence[bytes]) -> pb.ModelInferRequest:
+    """One request with one encoded file a row."""
+    message = pb.ModelInferRequest(model_name=question.ensemble)
     message.inputs.add(name="image", datatype="BYTES", shape=[len(files), 1])
+    for answer in question.answers:
+        for output in _OUTPUTS[answer]:
+            message.outputs.add(name=output)
     parts = [part for file in files for part in (struct.pack("<I", len(file)), file)]
     message.raw_input_contents.append(b"".join(parts))
     return message
@@ -40,46 +52,30 @@ def queue_timeout(left: float) -> int:
     return max(1, int(left * 500_000))
 
 
-def answer(task: str, response: pb.ModelInferResponse, top_k: int) -> list[Any]:
-    """The answer to each row. Arrays are read-only views into the response."""
+def rows(question: Question, response: pb.ModelInferResponse) -> list[dict[str, Any]]:
+    """The answers to each row by name. Arrays are read-only views into the response."""
     raw = {
         output.name: (output, data)
         for output, data in zip(response.outputs, response.raw_output_contents, strict=True)
     }
     try:
-        if task == "classify":
-            scores, indices = _array(*raw["scores"]), _array(*raw["indices"])
-            return _predictions(scores, indices, raw["labels"][1], top_k)
-        if task == "probabilities":
-            return list(_array(*raw["probabilities"]))
-        if task == "embed":
-            return list(_array(*raw["embedding"]))
-        neck = _array(*raw["neck"]).astype(np.float32, copy=False)  # fp16 where it was built so
-        return [{"neck": row} for row in neck]
+        columns = [_column(answer, raw, question.top_k) for answer in question.answers]
+        return [dict(zip(question.answers, row, strict=True)) for row in zip(*columns, strict=True)]
     except (KeyError, ValueError, struct.error) as error:
         raise ModelNotServed(
-            f"the server's {task!r} does not answer as this client expects ({error!r})", task=task
+            f"the server's {question.ensemble!r} does not answer as this client expects "
+            f"({error!r})",
+            task=question.task,
         ) from error
 
 
-def stack(task: str, results: list[Any], model: Model) -> Any:
-    """The answer to a list of images, from the answers to each."""
-    if task == "classify":
-        return results
-    if task == "features":
-        necks = [result["neck"] for result in results]
-        return {"neck": _stack(necks, model.feature_shape)}
-    width = model.embedding_size if task == "embed" else model.classes
-    return _stack(results, (width,))
-
-
-def own(task: str, result: Any) -> Any:
-    """The answer to one image without the rest of its response, writable."""
-    if task == "classify":
-        return result
-    if task == "features":
-        return {name: array.copy() for name, array in result.items()}
-    return result.copy()
+def _column(answer: str, raw: dict[str, tuple[Any, bytes]], top_k: int) -> list[Any]:
+    """One answer for all rows."""
+    if answer == "predictions":
+        scores, indices = _array(*raw["scores"]), _array(*raw["indices"])
+        return _predictions(scores, indices, raw["labels"][1], top_k)
+    (output,) = _OUTPUTS[answer]
+    return list(_array(*raw[output]).astype(np.float32, copy=False))  # neck may be fp16
 
 
 def bad_rows(details: str) -> dict[int, str]:
@@ -121,24 +117,8 @@ def _request_bytes(text: str) -> int:
     return min(int(text), 2**31 - 1) if text.isdecimal() and int(text) else _MAX_REQUEST_BYTES
 
 
-def answer_bytes(task: str, model: Model) -> int:
-    """About how many bytes the answer to one image has."""
-    if task == "classify":
-        return 64 * model.max_top_k
-    if task == "probabilities":
-        return 4 * model.classes
-    if task == "embed":
-        return 4 * model.embedding_size
-    depth, rows, columns = model.feature_shape
-    return 4 * depth * rows * columns
-
-
 def _array(output: Any, data: bytes) -> npt.NDArray[Any]:
     return np.frombuffer(data, _DTYPES[output.datatype]).reshape(output.shape)
-
-
-def _stack(arrays: list[npt.NDArray[np.float32]], row: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    return np.stack(arrays) if arrays else np.empty((0, *row), np.float32)
 
 
 def _predictions(

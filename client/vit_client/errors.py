@@ -47,7 +47,8 @@ class VitClientError(Exception):
 
     Attributes:
         message: what went wrong, as one readable text; `str(error)` is the same.
-        task: "classify", "probabilities", "embed" or "features", or None outside of these.
+        task: "classify", "probabilities", "embed", "features" or "analyze"; or None outside of
+            these.
         details: the server's own words, or None where the server said nothing.
     """
 

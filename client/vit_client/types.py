@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Literal, NamedTuple, TypeVar, Union, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,17 @@ from .errors import BadImage
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Features", "Health", "ImageLike", "Item", "Model", "OnError", "Prediction", "Task"]
+__all__ = [
+    "Analysis",
+    "Features",
+    "Health",
+    "ImageLike",
+    "Item",
+    "Model",
+    "OnError",
+    "Prediction",
+    "Task",
+]
 
 ImageLike = Union[
     str,
@@ -33,7 +43,7 @@ Type checkers are told no more, but a uint8 tensor of the same shape is as good 
 uint8 vector (OpenCV's `imencode`) is an encoded file; and an open file that stands at its end is
 read from its beginning. URLs are not fetched."""
 
-Task = Literal["classify", "probabilities", "embed", "features"]
+Task = Literal["classify", "probabilities", "embed", "features", "analyze"]
 
 OnError = Literal["raise", "return", "skip"]
 
@@ -54,6 +64,16 @@ class Prediction:
     """Probability, 0 to 1. Over all classes they sum to 1."""
 
 
+class Analysis(NamedTuple):
+    """What `analyze` answers about one image, unless it is asked for other answers."""
+
+    predictions: list[Prediction]
+    """As `classify` returns them."""
+    embedding: npt.NDArray[np.float32]
+    """float32 [D], as `embed` returns it."""
+
+
+AnswersT = TypeVar("AnswersT")
 ResultT = TypeVar("ResultT", covariant=True)
 
 

@@ -18,8 +18,14 @@ from .process import TritonProcess
 from .tritonserver import KEY_HEADER, LOOPBACK, Ports, ServerError
 
 # The ensembles cover all models; each output is a batch of numbers except the labels.
-ENSEMBLES = {"classify": "scores", "probabilities": "probabilities", "embed": "embedding"}
-ENSEMBLES["features"] = "neck"
+ENSEMBLES = {
+    "classify": "scores",
+    "probabilities": "probabilities",
+    "embed": "embedding",
+    "features": "neck",
+    "analyze": "embedding",
+    "everything": "embedding",
+}
 GRAY_PIXEL = b"P6 1 1 255\n\x80\x80\x80"  # a whole image, in PPM
 START_SECONDS = 600
 DRAIN_SECONDS = 30

@@ -121,8 +121,8 @@ def test_what_will_not_pass_is_not_tried_again(
 def test_an_answer_to_another_number_of_images(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = _wire.answer
-    monkeypatch.setattr(_wire, "answer", lambda *given: right(*given) * 2)
+    right = _wire.rows
+    monkeypatch.setattr(_wire, "rows", lambda *given: right(*given) * 2)
     with pytest.raises(ServerError, match="answered 1 images with 2 rows"):
         client.embed(IMAGE)
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from vit_client import Overloaded, _wire
+from vit_client._question import question
 from vit_client.errors import from_grpc
 
 NS = 1e-9
@@ -90,7 +91,7 @@ class Load:
             stub = GRPCInferenceServiceStub(channel)
             # Bytes that were written once: what callers cost is taken from the server's cores.
             infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-            requests = [_wire.request("embed", [data]).SerializeToString() for data in self.images]
+            requests = [_wire.request(question("embed"), [data]).SerializeToString() for data in self.images]
             known = [_embedding(await infer(request)) for request in requests]
             outcome = Outcome()
 

@@ -17,6 +17,7 @@ from conftest import BIN, PHOTOS, Server, serving
 from processes import FREE_PORTS, descendants, gone, segments, workspaces
 from tritonclient.grpc import service_pb2_grpc
 from vit_client import AsyncClient, Unavailable, _wire
+from vit_client._question import question
 from vit_client.errors import from_grpc
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
@@ -35,7 +36,7 @@ async def stop_under_load(server: Server, number: int, before: Counter[str]) -> 
         while True:
             started = time.monotonic()
             try:
-                await stub.ModelInfer(_wire.request(task, [PHOTO] * 8), timeout=100)
+                await stub.ModelInfer(_wire.request(question(task), [PHOTO] * 8), timeout=100)
                 outcome = "answered"
             except grpc.aio.AioRpcError as error:
                 kind = from_grpc(error, url="", task=task, timeout=100)

@@ -1,0 +1,107 @@
+"""What is asked about each image, and what the caller gets of the answers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .types import Model, Task
+
+ANSWERS = ("predictions", "probabilities", "embedding", "neck")
+_OF_TASK = {
+    "classify": ("predictions",),
+    "probabilities": ("probabilities",),
+    "embed": ("embedding",),
+    "features": ("neck",),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One task, and the answers to an image that it asks for."""
+
+    task: Task
+    answers: tuple[str, ...]
+    """Some of ANSWERS."""
+    top_k: int
+    """How many predictions; 0 where none are asked for."""
+    into: Callable[..., Any] | None
+    """What `analyze` makes of the answers, by their names."""
+
+    @property
+    def ensemble(self) -> str:
+        """The one to ask. Of the two for several answers, `analyze` costs the server less."""
+        return "everything" if self.into and "neck" in self.answers else self.task
+
+    def answer_bytes(self, model: Model) -> int:
+        """About how many bytes the answers to one image have."""
+        sizes = {
+            "predictions": 64 * model.max_top_k,
+            "probabilities": 4 * model.classes,
+            "embedding": 4 * model.embedding_size,
+            "neck": 4 * int(np.prod(model.feature_shape)),
+        }
+        return sum(sizes[name] for name in self.answers)
+
+    def one(self, answers: Mapping[str, Any]) -> Any:
+        """The result for one image, writable, and without the rest of its response."""
+        return self._result(
+            {
+                name: answer.copy() if isinstance(answer, np.ndarray) else answer
+                for name, answer in answers.items()
+            }
+        )
+
+    def several(self, rows: list[dict[str, Any]], model: Model) -> Any:
+        """The result for a list of images, from the answers to each."""
+        if self.into or "predictions" in self.answers:
+            return [self.one(answers) for answers in rows]
+        shapes = {
+            "probabilities": (model.classes,),
+            "embedding": (model.embedding_size,),
+            "neck": model.feature_shape,
+        }
+        return self._result(
+            {
+                name: np.stack([answers[name] for answers in rows])
+                if rows
+                else np.empty((0, *shapes[name]), np.float32)
+                for name in self.answers
+            }
+        )
+
+    def _result(self, answers: dict[str, Any]) -> Any:
+        if self.into:
+            return self.into(**answers)
+        if self.task == "features":
+            return answers
+        (answer,) = answers.values()
+        return answer
+
+
+def question(task: Task, top_k: int = 0, into: Callable[..., Any] | None = None) -> Question:
+    """Raises ValueError where `into` has no answers for its fields."""
+    if task == "analyze":
+        assert into is not None
+        answers = _fields(into)
+    else:
+        answers = _OF_TASK[task]
+    return Question(task, answers, top_k if "predictions" in answers else 0, into)
+
+
+def _fields(into: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        fields = tuple(inspect.signature(into).parameters)
+    except ValueError:  # a builtin that tells none
+        fields = ()
+    if not fields or not set(fields) <= set(ANSWERS):
+        name = getattr(into, "__name__", repr(into))
+        raise ValueError(
+            f"into must have fields of the names {', '.join(ANSWERS)}, or some of them; "
+            f"{name} has {', '.join(fields) or 'none'}"
+        )
+    return fields
