@@ -164,6 +164,11 @@ def spoil_config(repository: Path) -> None:
     (repository / "embed" / "config.pbtxt").write_text('name: "embed" max_batch_size: many')
 
 
+def spoil_own_config(repository: Path) -> None:
+    """One that vit-server reads itself."""
+    (repository / "preprocess" / "config.pbtxt").write_text("max_batch_size: many")
+
+
 def spoil_code(repository: Path) -> None:
     (repository / "preprocess" / "1" / "model.py").write_text("import antigravity_two")
 
@@ -191,7 +196,8 @@ def spoil_shape(repository: Path) -> None:
     [
         (spoil_model, "the model 'vit' failed to load: .*PytorchStreamReader"),
         (spoil_labels, "classify is loaded but does not answer: .*top_indices must be in"),
-        (spoil_config, "the model 'embed' failed to load: failed to read text proto"),
+        (spoil_config, "'embed' failed to load: .* proto from {repository}/embed/config.pbtxt"),
+        (spoil_own_config, "vit-server: {repository}/preprocess/config.pbtxt: 1:17 "),
         (spoil_code, "the model 'preprocess' failed to load: .*antigravity_two"),
         (spoil_folder, "is not a complete model repository: no embed/1$"),
         (spoil_shape, "in ensemble .*inconsistent shape"),
@@ -205,7 +211,7 @@ def test_model_that_fails(
     shutil.copytree(tiny_repository, repository)
     spoil(repository)
     said = start_and_fail(repository, *FREE_PORTS)
-    assert re.search(sentence, said), said
+    assert re.search(sentence.format(repository=repository), said), said
 
 
 class OneAtATime(torch.nn.Module):

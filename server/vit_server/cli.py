@@ -75,10 +75,13 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
     tls = _tls(args)
     key = _admin_key() or secrets.token_hex(16)
     found = installation.find(getattr(args, "tritonserver", None))
-    with workspace() as own, contextlib.ExitStack() as opened:
+    with (
+        workspace() as own,
+        contextlib.ExitStack() as opened,
+        repository.told_as(args.model_repository, models := own.folder / "models"),
+    ):
         ports = reserve_ports(args, opened)
         backends = installation.prepare(found, own.folder)
-        models = own.folder / "models"
         repository.snapshot(args.model_repository.resolve(), models)
         largest = 0 if warm_up else repository.without_warm_up(models)
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))

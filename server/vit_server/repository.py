@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -56,13 +58,23 @@ def snapshot(repository: Path, to: Path) -> None:
     compileall.compile_dir(to, quiet=2)
 
 
+@contextmanager
+def told_as(repository: Path, copy: Path) -> Iterator[None]:
+    """Errors name the files in `repository`, which the user knows, for those in its copy."""
+    try:
+        yield
+    except ServerError as e:
+        e.args = (str(e).replace(f"{copy}/", f"{repository}/"),)
+        raise
+
+
 def max_request_bytes(repository: Path) -> int:
     """What the builder says of it; or the default, where an older one has said nothing."""
     parameters = _config(repository, "preprocess").parameters
     try:
         return int(parameters["max_request_bytes"].string_value or MAX_REQUEST_BYTES)
     except ValueError as e:
-        raise ServerError(f"preprocess/config.pbtxt: {e}") from e
+        raise ServerError(f"{repository}/preprocess/config.pbtxt: {e}") from e
 
 
 def without_warm_up(repository: Path) -> int:
@@ -78,7 +90,7 @@ def _config(repository: Path, model: str) -> ModelConfig:
     try:
         return text_format.Parse(path.read_text("utf-8"), ModelConfig())
     except (text_format.ParseError, ValueError) as e:
-        raise ServerError(f"{path.relative_to(repository)}: {e}") from e
+        raise ServerError(f"{path}: {e}") from e
 
 
 def _copied_in_one_piece(repository: Path, to: Path) -> bool:
