@@ -247,11 +247,19 @@ def test_warm_up_that_fails(
     )
 
 
-@pytest.mark.parametrize("threads", ["4,3,2", " 1 "])
-def test_threads_as_openmp_takes_them(
-    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch, threads: str
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OMP_NUM_THREADS", "4,3,2"),  # as OpenMP takes them
+        ("OMP_NUM_THREADS", " 1 "),
+        ("AIP_MODE", "PREDICTION"),  # Triton would serve Vertex AI, and neither gRPC nor HTTP
+        ("AIP_HTTP_PORT", "many"),
+    ],
+)
+def test_environment_that_it_bears(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setenv(name, value)
     with serving(tiny_repository) as server:
         assert server.infer("classify", "image", [PHOTO])["scores"].shape == (1, 12)
 

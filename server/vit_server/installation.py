@@ -124,7 +124,8 @@ def reason(error: OSError) -> str:
 
 def environment(installation: Installation) -> dict[str, str]:
     """The environment for tritonserver: its libraries, this Python for its stubs, and threads."""
-    env = dict(os.environ)
+    # Vertex AI's variables would turn its endpoint on, and gRPC and HTTP off.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("AIP_")}
     if installation.libraries:
         libpython = sysconfig.get_config_var("LIBDIR") or ""
         paths = [str(installation.libraries), libpython, env.get("LD_LIBRARY_PATH", "")]
