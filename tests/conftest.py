@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 import vit_builder
 from PIL import Image
-from tritonclient.grpc import InferenceServerClient, InferInput
+from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import np_to_triton_dtype
 
 TESTS = Path(__file__).parent
@@ -49,11 +49,14 @@ class Server:
     metrics_url: str
     repository: Path
 
-    def infer(self, model: str, name: str, rows: Rows, datatype: str = "") -> dict[str, Array]:
+    def infer(
+        self, model: str, name: str, rows: Rows, datatype: str = "", outputs: Sequence[str] = ()
+    ) -> dict[str, Array]:
         """One request with Triton's own client, to say what the SDK would not.
 
         Args:
             rows: images as bytes, one a row, or an array that is sent as it is.
+            outputs: those that are asked for; all, if there are none.
 
         Raises:
             InferenceServerException: what the server said.
@@ -63,7 +66,8 @@ class Server:
         tensor = InferInput(name, rows.shape, datatype or np_to_triton_dtype(rows.dtype))
         tensor.set_data_from_numpy(rows)
         with InferenceServerClient(self.url) as client:
-            result = client.infer(model, [tensor], client_timeout=120)
+            wanted = [InferRequestedOutput(output) for output in outputs] or None
+            result = client.infer(model, [tensor], outputs=wanted, client_timeout=120)
         return {out.name: result.as_numpy(out.name) for out in result.get_response().outputs}
 
 

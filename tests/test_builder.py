@@ -41,7 +41,7 @@ def test_repository_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
     assert f"Wrote {output}" in result.stderr
     assert {path.name for path in output.iterdir()} == {
         *("preprocess", "vit", "postprocess", "build_report.json"),
-        *("classify", "probabilities", "embed", "features"),
+        *("classify", "probabilities", "embed", "features", "analyze", "everything"),
     }
     found = configs(output)
     assert {config.max_batch_size for config in found.values()} == {5}
@@ -73,7 +73,57 @@ def test_template_has_the_sizes_of_the_published_checkpoint() -> None:
     config = ViTConfig()
     assert list(found["vit"].input[0].dims) == [*config.image_size, 3]
     assert list(found["vit"].output[0].dims) == [config.num_classes]
-    assert list(found["features"].output[0].dims) == [config.hidden_dim, *config.grid]
+    neck = {output.name: list(output.dims) for output in found["everything"].output}["neck"]
+    assert neck == [config.hidden_dim, *config.grid]
+
+
+VIT = {
+    "probabilities__0": "probabilities",
+    "embedding__1": "embedding",
+    "neck__2": "neck",
+    "top_scores__3": "vit_top_scores",
+    "top_indices__4": "vit_top_indices",
+}
+BEST = {"top_scores__3", "top_indices__4"}
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "outputs", "of_vit"),
+    [
+        ("classify", ["scores", "indices", "labels"], BEST),
+        ("probabilities", ["probabilities"], {"probabilities__0"}),
+        ("embed", ["embedding"], {"embedding__1"}),
+        ("features", ["neck"], {"neck__2"}),
+        (
+            "analyze",
+            ["scores", "indices", "labels", "probabilities", "embedding"],
+            VIT.keys() - {"neck__2"},
+        ),
+        (
+            "everything",
+            ["scores", "indices", "labels", "probabilities", "embedding", "neck"],
+            VIT.keys(),
+        ),
+    ],
+)
+def test_an_ensemble_runs_and_copies_what_its_answer_needs(
+    tiny_repository: Path, ensemble: str, outputs: list[str], of_vit: set[str]
+) -> None:
+    config = configs(tiny_repository)[ensemble]
+    assert (config.name, config.platform) == (ensemble, "ensemble")
+    assert [(tensor.name, list(tensor.dims)) for tensor in config.input] == [("image", [1])]
+    assert [tensor.name for tensor in config.output] == outputs
+    assert (tiny_repository / ensemble / "1").is_dir()
+    best = {"top_scores": "vit_top_scores", "top_indices": "vit_top_indices"}
+    steps = [
+        ("preprocess", {"image": "image"}, {"pixels": "preprocessed_pixels"}),
+        ("vit", {"pixels": "preprocessed_pixels"}, {name: VIT[name] for name in of_vit}),
+        ("postprocess", best, {name: name for name in ("scores", "indices", "labels")}),
+    ]
+    assert [
+        (step.model_name, dict(step.input_map), dict(step.output_map))
+        for step in config.ensemble_scheduling.step
+    ] == steps[: 3 if "labels" in outputs else 2]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

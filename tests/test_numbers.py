@@ -54,16 +54,23 @@ def test_served_pixels_are_birders_bit_for_bit(full_server: Server, name: str) -
 
 
 @pytest.mark.parametrize(
-    ("ensemble", "output"),
-    [("probabilities", "probabilities"), ("embed", "embedding"), ("features", "neck")],
+    ("ensemble", "outputs"),
+    [
+        ("probabilities", ["probabilities"]),
+        ("embed", ["embedding"]),
+        ("features", ["neck"]),
+        ("everything", ["probabilities", "embedding", "neck"]),
+    ],
 )
 def test_served_full_model_gives_birders_numbers(
-    full_server: Server, ensemble: str, output: str
+    full_server: Server, ensemble: str, outputs: list[str]
 ) -> None:
     files = [golden_image(photo).read_bytes() for photo in PHOTOS]
-    answer = full_server.infer(ensemble, "image", files)
-    assert list(answer) == [output]
-    np.testing.assert_allclose(answer[output], expected(output), atol=TOLERANCES[output], rtol=0)
+    answer = full_server.infer(ensemble, "image", files, outputs=outputs)
+    for output in outputs:
+        np.testing.assert_allclose(
+            answer[output], expected(output), atol=TOLERANCES[output], rtol=0
+        )
 
 
 def test_served_classes_are_birders_best(full_server: Server) -> None:

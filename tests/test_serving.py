@@ -21,6 +21,8 @@ CONTRACT = {
     "embed": {"embedding": (64,)},
     "features": {"neck": (64, 4, 4)},
 }
+CONTRACT["analyze"] = CONTRACT["classify"] | CONTRACT["probabilities"] | CONTRACT["embed"]
+CONTRACT["everything"] = CONTRACT["analyze"] | CONTRACT["features"]
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 
 
@@ -59,6 +61,22 @@ def test_answers_agree_with_each_other(tiny_server: Server) -> None:
     best = tiny_server.infer("classify", "image", [PHOTO])
     assert (np.diff(best["scores"]) <= 0).all()
     np.testing.assert_array_equal(best["scores"][0], probabilities[0][best["indices"][0]])
+    everything = tiny_server.infer("everything", "image", [PHOTO])
+    alone = {"neck": neck, "embedding": embedding, "probabilities": probabilities, **best}
+    for name, array in alone.items():
+        np.testing.assert_array_equal(everything[name], array)
+
+
+@pytest.mark.parametrize("ensemble", ["analyze", "everything"])
+@pytest.mark.parametrize("names", [["embedding"], ["labels", "embedding"], ["probabilities"]])
+def test_a_request_gets_the_outputs_that_it_names(
+    tiny_server: Server, ensemble: str, names: list[str]
+) -> None:
+    answer = tiny_server.infer(ensemble, "image", [PHOTO] * 2, outputs=names)
+    whole = tiny_server.infer("everything", "image", [PHOTO] * 2)
+    assert sorted(answer) == sorted(names)
+    for name in names:
+        np.testing.assert_array_equal(answer[name], whole[name])
 
 
 def test_pixels_can_go_to_vit_alone(tiny_server: Server) -> None:

@@ -345,7 +345,6 @@ class AsyncClient:
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
         task: Task = "embed",
-        into: type[Any] | None = None,
         top_k: int = 5,
         on_error: OnError = "raise",
         progress: Progress = False,
@@ -470,9 +469,7 @@ class AsyncClient:
         if is_one_image(images):
             words = mistaken(images) or f"not one {type(images).__name__}"
             raise TypeError(f"stream takes an iterable of images, {words}")
-        if into and task != "analyze":
-            raise ValueError(f"into goes with task='analyze', not {task!r}")
-        asked = question(task, top_k, into or (Analysis if task == "analyze" else None))
+        asked = question(task, top_k, into)
         return self._run_batches(images, asked, on_error, progress, self._timeout(timeout))
 
     async def _run_batches(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .types import Model, Task
+from .types import Analysis, Model, Task
 
 ANSWERS = ("predictions", "probabilities", "embedding", "neck")
 _OF_TASK = {
@@ -84,10 +84,12 @@ class Question:
 
 
 def question(task: Task, top_k: int = 0, into: Callable[..., Any] | None = None) -> Question:
-    """Raises ValueError where `into` has no answers for its fields."""
+    """Raises ValueError where `into` does not go with the task, or has fields of other names."""
     if task == "analyze":
-        assert into is not None
+        into = into or Analysis
         answers = _fields(into)
+    elif into:
+        raise ValueError(f"into goes with the task 'analyze', not with {task!r}")
     else:
         answers = _OF_TASK[task]
     return Question(task, answers, top_k if "predictions" in answers else 0, into)

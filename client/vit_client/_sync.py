@@ -352,7 +352,6 @@ class Client:
         images: Iterable[ImageLike] | AsyncIterable[ImageLike],
         *,
         task: Task = "embed",
-        into: type[Any] | None = None,
         top_k: int = 5,
         on_error: OnError = "raise",
         progress: Progress = False,

@@ -230,6 +230,9 @@ _UNKNOWN_PLACE = (ModelNotServed, "knows of no gRPC server there: is the address
 _NO_LOGIN = (AccessDenied, "wants a login of its own")
 _NO_BACKEND = (Unavailable, "does not reach the server")
 
+# Ensembles that the first vit-builders did not make. That it has our `vit` is known by then.
+_NEWER = re.compile("unknown model: '(analyze|everything)'")
+
 # What HTTP statuses mean that a proxy gives instead of the server's answer.
 _BY_HTTP_STATUS: dict[int, tuple[type[VitClientError], str]] = {
     **dict.fromkeys((301, 302, 303, 307, 308), _LOGIN),
@@ -333,6 +336,8 @@ def _message(
         return f"no answer from {url} within {timeout:.3g} s"
     if kind is Overloaded:
         return f"the server at {url} is overloaded ({details})"
+    if kind is ModelNotServed and _NEWER.search(details):
+        return f"the models at {url} were built by a vit-builder older than this client ({details})"
     if kind is ModelNotServed:
         return f"the server at {url} does not serve the vit models ({details or code.name})"
     if kind is AccessDenied:

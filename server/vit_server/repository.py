@@ -38,8 +38,9 @@ def _check(repository: Path) -> None:
     # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
     missing += [f"{model}/1" for model in MODELS if not (repository / model / "1").is_dir()]
     if missing:
-        hint = "; vit-builder fills it in" if missing[0] in (*BUILT, REPORT) else ""
-        raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}{hint}")
+        built = missing[0] in (*BUILT, REPORT)
+        hint = "vit-builder fills it in" if built else "build it again with vit-builder"
+        raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}; {hint}")
 
 
 def snapshot(repository: Path, to: Path) -> None:

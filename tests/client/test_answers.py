@@ -1,4 +1,4 @@
-"""The four tasks against the real server: what comes back for what was given."""
+"""The tasks of one answer against the real server: what comes back for what was given."""
 
 import io
 from pathlib import Path

@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from typing import NamedTuple
+
 from typing_extensions import assert_type
-from vit_client import AsyncClient, Client, Prediction
+from vit_client import Analysis, AsyncClient, Client, Prediction
 
 Array = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+
+
+class Card(NamedTuple):
+    probabilities: Array
+    embedding: Array
 
 
 def program(client: Client, paths: list[Path], pixels: Pixels) -> None:
@@ -27,12 +34,24 @@ def program(client: Client, paths: list[Path], pixels: Pixels) -> None:
         assert_type(item.result, list[Prediction])
     for other in client.stream(paths):
         assert_type(other.result, Array)
+    assert_type(client.analyze("a.jpg"), Analysis)
+    assert_type(client.analyze(paths, top_k=3)[0].predictions, list[Prediction])
+    assert_type(client.analyze(pixels, into=Card), Card)
+    assert_type(client.analyze(paths, into=Card)[0].probabilities, Array)
+    for labels, vector in client.analyze(["a.jpg"]):
+        assert_type(labels, list[Prediction])
+        assert_type(vector, Array)
+    for analysed in client.stream(paths, task="analyze"):
+        assert_type(analysed.result.embedding, Array)
+    for card in client.stream(paths, task="analyze", into=Card):
+        assert_type(card.result, Card)
 
 
 async def concurrent_program(client: AsyncClient) -> None:
     async with client as same:
         assert_type(same, AsyncClient)
     assert_type(await client.classify("a.jpg"), list[Prediction])
+    assert_type(await client.analyze(["a.jpg"], into=Card), list[Card])
     async for item in client.stream(["a.jpg"], task="features"):
         assert_type(item.result, dict[str, Array])
 """
@@ -44,6 +63,8 @@ client = Client(port=8001)
 client.classify(7)
 client.stream(["a.jpg"], task="detect")
 client.embed("a.jpg", top_k=3)
+client.analyze("a.jpg").neck
+client.stream(["a.jpg"], task="embed", into=tuple)
 """
 
 
@@ -65,4 +86,4 @@ def test_answers_are_typed(tmp_path: Path) -> None:
 
 def test_mistakes_are_seen(tmp_path: Path) -> None:
     lines = [int(line.split(":")[1]) for line in mypy(tmp_path, MISTAKES)]
-    assert sorted(set(lines)) == [4, 5, 6, 7]
+    assert sorted(set(lines)) == [4, 5, 6, 7, 8, 9]

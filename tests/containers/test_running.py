@@ -89,7 +89,7 @@ def test_nothing_accepted_is_lost(
         idle.getresponse().read()
         askers = [
             threading.Thread(target=ask, args=(task,))
-            for task in ("classify", "probabilities", "embed", "features") * 4
+            for task in ("classify", "probabilities", "embed", "features", "analyze") * 4
         ]
         for asker in askers:
             asker.start()

@@ -17,7 +17,7 @@ from ports import free_ports
 from prometheus import MONITORING, Prometheus, program, prometheus
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
-ENSEMBLES = ("classify", "probabilities", "embed", "features")
+ENSEMBLES = ("classify", "probabilities", "embed", "features", "analyze", "everything")
 GROUPS = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
 RULES = [rule for group in GROUPS for rule in group["rules"]]
 DASHBOARD = json.loads((MONITORING / "grafana" / "vit.json").read_text())
@@ -30,7 +30,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 @contextmanager
 def load(url: str, threads: int) -> Iterator[list[tuple[int, float]]]:
-    """All four questions without a pause; status and seconds of each answer."""
+    """All questions without a pause; status and seconds of each answer."""
     stop = threading.Event()
     answers: list[tuple[int, float]] = []
 
@@ -40,7 +40,7 @@ def load(url: str, threads: int) -> Iterator[list[tuple[int, float]]]:
             code = post(f"{url}/v2/models/{model}/infer", PHOTO)
             answers.append((code, time.monotonic() - start))
 
-    askers = [threading.Thread(target=ask, args=(ENSEMBLES[i % 4],)) for i in range(threads)]
+    askers = [threading.Thread(target=ask, args=(ENSEMBLES[i % len(ENSEMBLES)],)) for i in range(threads)]
     for asker in askers:
         asker.start()
     try:

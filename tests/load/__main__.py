@@ -15,7 +15,7 @@ from .report import Point
 from .sweep import Sweep
 from .triton import Address, ServerError, Triton, local_server, machine
 
-MODELS = ("classify", "probabilities", "embed", "features", "vit")
+MODELS = ("classify", "probabilities", "embed", "features", "analyze", "everything", "vit")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -91,7 +91,9 @@ class Load:
             stub = GRPCInferenceServiceStub(channel)
             # Bytes that were written once: what callers cost is taken from the server's cores.
             infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-            requests = [_wire.request(question("embed"), [data]).SerializeToString() for data in self.images]
+            requests = [
+                _wire.request(question("embed"), [data]).SerializeToString() for data in self.images
+            ]
             known = [_embedding(await infer(request)) for request in requests]
             outcome = Outcome()
 

@@ -30,7 +30,7 @@ from . import poison
 from .footprint import Footprint, footprint
 
 BIN = Path(sys.executable).parent
-TASKS = ("classify", "probabilities", "embed", "features")
+TASKS = ("classify", "probabilities", "embed", "features", "analyze")
 WORKERS = 12
 SAMPLE_SECONDS = 2
 ATOL = 1e-4  # one image's numbers, whatever batch it was in
@@ -92,6 +92,8 @@ def right(task: str, got: Any, answer: Answer) -> bool:
             and abs(guess.score - answer["probabilities"][guess.index]) < ATOL
             for guess in got
         )
+    if task == "analyze":
+        return right("classify", got.predictions, answer) and right("embed", got.embedding, answer)
     if task == "features":
         got = got["neck"]
     return got.shape == answer[task].shape and np.allclose(got, answer[task], rtol=0, atol=ATOL)

@@ -21,7 +21,7 @@ from vit_client._question import question
 from vit_client.errors import from_grpc
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
-TASKS = ("classify", "probabilities", "embed", "features")
+TASKS = ("classify", "probabilities", "embed", "features", "analyze")
 
 
 async def stop_under_load(server: Server, number: int, before: Counter[str]) -> Counter[str]:
