@@ -3,7 +3,7 @@
 # make test   all tests
 # make containers  build and run the images in a real Docker engine: 10 minutes
 # make lint   ruff (lint and format), mypy, and pip-audit where it can look advisories up
-# make load   sweep the load with perf_analyzer: 10 minutes (ARGS=--help for the rest)
+# make load   sweep the load with perf_analyzer: 15 minutes (ARGS=--help for the rest)
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
 # make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)

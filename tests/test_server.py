@@ -199,7 +199,7 @@ def spoil_shape(repository: Path) -> None:
         (spoil_config, "'embed' failed to load: .* proto from {repository}/embed/config.pbtxt"),
         (spoil_own_config, "vit-server: {repository}/preprocess/config.pbtxt: 1:17 "),
         (spoil_code, "the model 'preprocess' failed to load: .*antigravity_two"),
-        (spoil_folder, "is not a complete model repository: no embed/1$"),
+        (spoil_folder, "no embed/1; build it again with vit-builder$"),
         (spoil_shape, "in ensemble .*inconsistent shape"),
         (spoil_output, "the network failed: tuple index out of range$"),
     ],

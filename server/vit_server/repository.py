@@ -40,7 +40,8 @@ def _check(repository: Path) -> None:
     if missing:
         built = missing[0] in (*BUILT, REPORT)
         hint = "vit-builder fills it in" if built else "build it again with vit-builder"
-        raise ServerError(f"{repository} is not a complete model repository: no {missing[0]}; {hint}")
+        what = f"no {missing[0]}; {hint}"
+        raise ServerError(f"{repository} is not a complete model repository: {what}")
 
 
 def snapshot(repository: Path, to: Path) -> None:

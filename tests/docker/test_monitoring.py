@@ -40,7 +40,8 @@ def load(url: str, threads: int) -> Iterator[list[tuple[int, float]]]:
             code = post(f"{url}/v2/models/{model}/infer", PHOTO)
             answers.append((code, time.monotonic() - start))
 
-    askers = [threading.Thread(target=ask, args=(ENSEMBLES[i % len(ENSEMBLES)],)) for i in range(threads)]
+    models = [ENSEMBLES[i % len(ENSEMBLES)] for i in range(threads)]
+    askers = [threading.Thread(target=ask, args=(model,)) for model in models]
     for asker in askers:
         asker.start()
     try:

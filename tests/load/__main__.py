@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "starts vit-server where no --url is given. Writes a report, a picture of latency against "
         "throughput, CSV and JSON.",
         epilog="examples:\n"
-        "  python -m tests.load                               # all models: 10 minutes\n"
+        "  python -m tests.load                               # all models: 15 minutes\n"
         "  python -m tests.load --models embed --megapixels 0.05 0.3 2\n"
         "  python -m tests.load --models embed --rate 5 10 15 20\n"
         "  python -m tests.load --url grpcs://vit.example:443 --ca-file ca.pem\n"
