@@ -74,11 +74,39 @@ def test_csv_has_a_header(url: str, folder: Path, task: str, columns: int, rows:
     assert lines[0].count(",") == columns - 1
 
 
-@pytest.mark.parametrize("task", ["classify", "probabilities", "embed", "features"])
+@pytest.mark.parametrize("task", ["classify", "probabilities", "embed", "features", "analyze"])
 def test_text_names_the_image(url: str, folder: Path, task: str) -> None:
     ran = vit_client(url, task, folder / "a.png")
     assert ran.stdout.startswith(str(folder / "a.png"))
     assert ran.returncode == 0
+
+
+def test_analyze_prints_what_classify_and_embed_print(url: str, folder: Path) -> None:
+    photo = folder / "a.png"
+
+    def printed(task: str, *options: object) -> str:
+        ran = vit_client(url, task, photo, *options)
+        assert ran.returncode == 0
+        return ran.stdout
+
+    classes, vector = printed("classify", "-k", 2), printed("embed")
+    assert printed("analyze", "-k", 2) == classes + vector.removeprefix(str(photo))
+    both = json.loads(printed("analyze", "-k", 2, "--json"))
+    assert both == {
+        **json.loads(printed("classify", "-k", 2, "--json")),
+        **json.loads(printed("embed", "--json")),
+    }
+    assert list(both) == ["image", "predictions", "embedding"]
+    assert printed("analyze").count("%") == 5
+
+
+def test_analyze_goes_on_after_a_file_that_fails(url: str, folder: Path) -> None:
+    ran = vit_client(url, "analyze", folder / "notes.txt", folder, "--json")
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["a.png", "b.JPG", "c.webp"]
+    assert all((len(row["predictions"]), len(row["embedding"])) == (5, 64) for row in rows)
+    assert "notes.txt: " in ran.stderr
+    assert ran.returncode == 1
 
 
 def test_standard_input(url: str) -> None:
@@ -114,6 +142,12 @@ def test_an_untrained_model_is_warned_of(url: str, folder: Path) -> None:
         (["embed", "x.png", "--url", "http://localhost:1"], 2, "HTTP address"),
         (["embed", "x.png", "--timeout", "0"], 2, "timeout must be"),
         (["classify", "x.png", "-k", "13"], 2, "from 1 to 12"),
+        (["analyze", "x.png", "-k", "13"], 2, "from 1 to 12"),
+        (["analyze", "x.png", "-k", "0"], 2, "must be 1 or more"),
+        (["analyze", "x.png", "--csv"], 2, "unrecognized arguments: --csv"),
+        (["embed", "x.png", "-k", "3"], 2, "--top-k goes with -o"),
+        (["embed", "x.png", "-k", "3", "--json"], 2, "there is vit-client analyze"),
+        (["embed", "x.png", "-k", "0", "-o", "x.npz"], 2, "must be 1 or more"),
         (["similar", "x.png", "--to", "x.npz", "-n", "-3"], 2, "must be 1 or more"),
         (["embed"], 2, "required: IMAGE"),
         (["nonsense"], 2, "invalid choice"),
@@ -212,5 +246,6 @@ def test_every_name_can_be_printed(
 
 def test_help_teaches() -> None:
     ran = vit_client("", "--help")
-    for word in ("classify", "probabilities", "embed", "features", "VIT_URL", "Exit codes"):
+    verbs = ("classify", "probabilities", "embed", "features", "analyze", "similar", "health")
+    for word in (*verbs, "VIT_URL", "Exit codes"):
         assert word in ran.stdout

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
-from vit_client import Client
+from vit_client import Analysis, Client, Prediction
+from vit_client.cli import _tables
 from vit_client.cli._features import principal_colours
 
 from .conftest import encoded
@@ -34,6 +35,26 @@ def photos(tmp_path: Path) -> Path:
 def need(form: str) -> None:
     if form == "parquet":
         pytest.importorskip("pyarrow", exc_type=ImportError)
+
+
+def classes_in(output: Path) -> list[list[Prediction]]:
+    """Of each row, as the library that defines the format reads them."""
+    if output.suffix == ".npz":
+        with np.load(output) as arrays:
+            columns = [arrays[name].tolist() for name in ("labels", "indices", "scores")]
+        return [list(map(Prediction, *row)) for row in zip(*columns, strict=True)]
+    parquet = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    rows = parquet.read_table(output)["predictions"].to_pylist()
+    return [[Prediction(**guess) for guess in row] for row in rows]
+
+
+def assert_same_classes(got: list[list[Prediction]], expected: list[list[Prediction]]) -> None:
+    """But for rounding, which depends on what is asked at once."""
+    for one, other in zip(got, expected, strict=True):
+        named = [(guess.label, guess.index) for guess in other]
+        assert [(guess.label, guess.index) for guess in one] == named
+        scores = [guess.score for guess in other]
+        np.testing.assert_allclose([guess.score for guess in one], scores, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -105,12 +126,12 @@ def test_a_name_that_is_not_text_is_resumed(tmp_path: Path) -> None:
 
     photo = tmp_path / os.fsdecode(b"\xff.png")
     photo.write_bytes(encoded(0))
-    journal = Journal(tmp_path / "out.npz", "model")
-    journal.add(str(photo), np.ones(64, np.float32))
+    journal = Journal(tmp_path / "out.npz", "model", 0)
+    journal.add(str(photo), Analysis([], np.ones(64, np.float32)))
     journal.close()
-    journal = Journal(tmp_path / "out.npz", "model")
+    journal = Journal(tmp_path / "out.npz", "model", 0)
     assert journal.done([str(photo), "other.png"]) == {str(photo)}
-    assert next(journal.blocks([str(photo)], 1)).sum() == 64
+    assert next(journal.blocks([str(photo)], 1)).embeddings.sum() == 64
     journal.close()
 
 
@@ -161,13 +182,13 @@ def test_a_full_disk_under_features(url: str, photos: Path, tmp_path: Path, name
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_output_that_cannot_be_replaced(tmp_path: Path, form: str) -> None:
-    from vit_client.cli import _tables
     from vit_client.cli._common import CannotWrite
 
     need(form)
     (tmp_path / "out").mkdir()
     output = (tmp_path / "out").rename(tmp_path / f"out.{form}")  # a folder is in the way
-    table = _tables.Table(["x"], 4, lambda: [np.zeros((1, 4), np.float32)], "model")
+    block = _tables.Block(np.zeros((1, 4), np.float32), [[]])
+    table = _tables.Table(["x"], 4, 0, lambda: [block], "model")
     with pytest.raises(CannotWrite, match=rf"out\.{form} cannot be written \(is a directory\)"):
         _tables.write(output, table)
     assert list(tmp_path.iterdir()) == [output]
@@ -209,23 +230,44 @@ def test_a_folder_of_somebody_else(photos: Path, tmp_path: Path, arguments: list
     assert ran.returncode == 5
 
 
-def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -> None:
+# The file has every answer as soon as it is there.
+COMMITS_AT_ONCE = """
+import sys
+from vit_client.cli import _journal, main
+_journal._COMMIT_SECONDS = 0
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("form", "top_k"), [("npz", []), ("npz", ["--top-k", "3"]), ("parquet", ["--top-k", "3"])]
+)
+def test_an_interrupted_run_is_resumed(
+    url: str, photos: Path, tmp_path: Path, form: str, top_k: list[str]
+) -> None:
     """Ctrl-C while it waits for an image that does not come, then the same command again."""
-    output = tmp_path / "out.npz"
+    need(form)
+    output = tmp_path / f"out.{form}"
     output.write_text("what was there before")
     pipe = photos / "99.png"
     os.mkfifo(pipe)
-    command = [COMMAND, "embed", str(photos), str(pipe), "-o", str(output), "--overwrite"]
-    environment = {**os.environ, "VIT_URL": url}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        partial = tmp_path / "out.npz.partial"
-        deadline = time.monotonic() + 30
-        while not partial.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(1)  # for the answers before the pipe
-        process.send_signal(signal.SIGINT)
-        pipe.open("wb").close()  # lets the blocked read end
-        _, said = process.communicate(timeout=30)
+    arguments = ["embed", str(photos), str(pipe), "-o", str(output), "--overwrite", *top_k]
+    partial = output.with_name(f"{output.name}.partial")
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMITS_AT_ONCE, *arguments],
+        env={**os.environ, "VIT_URL": url},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        writer = os.open(pipe, os.O_WRONLY)  # waits until someone reads it
+        try:
+            # The server takes 16 at once: the pipe is in the second request.
+            wait_until_done(partial, [photos / f"{seed:02}.png" for seed in range(16)])
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            os.close(writer)
+            process.kill()
     assert process.returncode == 130
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
@@ -234,13 +276,27 @@ def test_an_interrupted_run_is_resumed(url: str, photos: Path, tmp_path: Path) -
     pipe.unlink()
     pipe.write_bytes(encoded(99))
     (photos / "00.png").write_bytes(encoded(100))  # changed since: must be asked again
-    ran = vit_client(url, *command[1:])
-    assert "resuming: " in ran.stderr
+    ran = vit_client(url, *arguments)
+    assert "resuming: 15 of 21 images are done already" in ran.stderr
     assert ran.returncode == 0
     assert not partial.exists()
-    with np.load(output) as arrays, Client(url) as client:
-        expected = client.embed(sorted(photos.iterdir()))
-        np.testing.assert_allclose(arrays["embeddings"], expected, atol=1e-5)
+    images, embeddings, _ = _tables.read(output)
+    paths = sorted(photos.iterdir())
+    assert images == [str(path) for path in paths]
+    with Client(url) as client:
+        np.testing.assert_allclose(embeddings, client.embed(paths), atol=1e-5)
+        if top_k:
+            assert_same_classes(classes_in(output), client.classify(paths, top_k=3))
+
+
+def wait_until_done(partial: Path, photos: list[Path]) -> None:
+    """Until the journal has all of them."""
+    for _ in range(1200):
+        held = partial.read_bytes() if partial.exists() else b""
+        if all(os.fsencode(photo) in held for photo in photos):
+            return
+        time.sleep(0.05)
+    pytest.fail("nothing more is answered")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -321,8 +377,8 @@ def test_xargs_batches_and_a_list(url: str, photos: Path, tmp_path: Path) -> Non
 def test_two_runs_do_not_mix(url: str, photos: Path, tmp_path: Path) -> None:
     from vit_client.cli._journal import Journal
 
-    journal = Journal(tmp_path / "out.npz", "model")
-    journal.add("x.png", np.zeros(64, np.float32))
+    journal = Journal(tmp_path / "out.npz", "model", 0)
+    journal.add("x.png", Analysis([], np.zeros(64, np.float32)))
     ran = vit_client(url, "embed", photos, "-o", tmp_path / "out.npz")
     assert "is another run writing it?" in ran.stderr
     assert ran.returncode == 2
@@ -332,8 +388,8 @@ def test_two_runs_do_not_mix(url: str, photos: Path, tmp_path: Path) -> None:
 def test_another_models_partial_result_is_dropped(url: str, photos: Path, tmp_path: Path) -> None:
     from vit_client.cli._journal import Journal
 
-    journal = Journal(tmp_path / "out.npz", "another model")
-    journal.add(str(photos / "00.png"), np.zeros(64, np.float32))
+    journal = Journal(tmp_path / "out.npz", "another model", 0)
+    journal.add(str(photos / "00.png"), Analysis([], np.zeros(64, np.float32)))
     journal.close()
     ran = vit_client(url, "embed", photos, "-o", tmp_path / "out.npz")
     assert "resuming" not in ran.stderr

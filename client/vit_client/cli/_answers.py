@@ -1,4 +1,4 @@
-"""classify, probabilities, embed and features: an answer for each image."""
+"""classify, probabilities, embed, features and analyze: an answer for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`embed -o`: the embeddings of many images into one file, resumable."""
+"""`embed -o`: the embeddings of many images, and their classes, into one file; resumable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .._sync import Client
 from ..errors import ConfigurationError, shortened
-from ..types import Model
+from ..types import Analysis, Model, Task
 from . import _tables
 from ._common import (
     IMAGES_FAILED,
@@ -31,24 +31,27 @@ def embed_to_file(options: Namespace) -> int:
     Answers go to a journal beside the output first. An interrupted run leaves it there and the
     same command goes on from it; the output itself appears whole or not at all.
     """
-    output = Path(options.output)
-    _tables.check(output)
+    output, top_k = Path(options.output), options.top_k or 0
+    _tables.check(output, classes=top_k > 0)
     names, told = expand(options)
     if not options.overwrite:
         _keep_other_images(output, names)
     with connect(options) as client:
         warn_if_untrained(client)
         model = client.model()
-        journal = Journal(output, describe(model))
+        if top_k > model.max_top_k:  # before the journal drops what another top_k left
+            raise ConfigurationError(f"--top-k must be from 1 to {model.max_top_k}, not {top_k}")
+        journal = Journal(output, describe(model), top_k)
         try:
-            failed = _embed_missing(client, names, journal)
+            failed = _embed_missing(client, names, journal, top_k)
             good = [name for name in names if name not in failed]
             if good:
                 if not options.overwrite:
                     _keep_other_images(output, good)
                 blocks = lambda: journal.blocks(good, _tables.BLOCK)  # noqa: E731
                 images = [escaped(name) for name in good]
-                table = _tables.Table(images, model.embedding_size, blocks, describe(model))
+                width = model.embedding_size
+                table = _tables.Table(images, width, top_k, blocks, describe(model))
                 _tables.write(output, table)
         except BaseException:
             journal.close()
@@ -57,7 +60,9 @@ def embed_to_file(options: Namespace) -> int:
             raise
         journal.delete()
     if good:
-        print(f"{output}: {len(good)} × {model.embedding_size} float32")
+        classes = "best class" if top_k == 1 else f"{top_k} best classes"
+        with_classes = f", and the {classes} of each" if top_k else ""
+        print(f"{output}: {len(good)} × {model.embedding_size} float32{with_classes}")
     return IMAGES_FAILED if failed or told else OK
 
 
@@ -89,7 +94,7 @@ def describe(model: Model) -> str:
     )
 
 
-def _embed_missing(client: Client, names: Sequence[str], journal: Journal) -> set[str]:
+def _embed_missing(client: Client, names: Sequence[str], journal: Journal, top_k: int) -> set[str]:
     """Fill the journal; returns the names that failed."""
     done = journal.done(names) - {STDIN}
     missing = [name for name in names if name not in done]
@@ -97,10 +102,11 @@ def _embed_missing(client: Client, names: Sequence[str], journal: Journal) -> se
         note(f"resuming: {len(done)} of {len(names)} images are done already")
     failed = set()
     bar = progress(output_on_stdout=False)
-    stream = client.stream(Images(missing), task="embed", on_error="return", progress=bar)
+    task: Task = "analyze" if top_k else "embed"
+    stream = client.stream(Images(missing), task=task, top_k=top_k, on_error="return", progress=bar)
     for item, name in zip(stream, missing, strict=True):
         if item.error is None:
-            journal.add(name, item.result)
+            journal.add(name, item.result if top_k else Analysis([], item.result))
         else:
             error(f"{shortened(name)}: {item.error.reason}")
             failed.add(name)

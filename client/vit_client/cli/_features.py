@@ -16,9 +16,10 @@ from PIL import Image
 from ..errors import ConfigurationError, shortened
 from ._common import IMAGES_FAILED, OK, connect, escaped
 from ._embed import describe
+from ._files import check_place, replacing
 from ._inputs import STDIN, Source, expand
 from ._report import error
-from ._tables import add_array, check_place, replacing, write_safetensors
+from ._tables import add_array, write_safetensors
 
 Array = npt.NDArray[np.float32]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import time
@@ -10,25 +11,25 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ConfigurationError, shortened
+from ..types import Analysis, Prediction
 from ._common import CannotWrite
-
-Array = npt.NDArray[np.float32]
+from ._tables import Block
 
 # How much work a crash may cost.
 _COMMIT_SECONDS = 1.0
 
 
 class Journal:
-    """Embeddings by image, as far as they are known.
+    """Answers by image, as far as they are known.
 
     An image counts as done while its file is the same as it was (size and time of change).
     """
 
-    def __init__(self, output: Path, model: str) -> None:
-        """Open the journal of `output`, or begin one. What another model left is dropped.
+    def __init__(self, output: Path, model: str, top_k: int) -> None:
+        """Open the journal of `output`, or begin one. What a run left that asked another model, or
+        for another number of classes, is dropped.
 
         Raises:
             ConfigurationError: Another run has it open, or it is damaged.
@@ -36,19 +37,21 @@ class Journal:
         """
         self.path = output.with_name(output.name + ".partial")
         self._last_commit = time.monotonic()
+        # Never what a version without classes wrote here: its rows have other columns.
+        asked = f"{model}, top_k {top_k}"
         with self._errors_told():
             self._db = sqlite3.connect(self.path, timeout=0)
             # Holds the file until it is closed, so that two runs cannot mix.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("CREATE TABLE IF NOT EXISTS model (model TEXT)")
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS rows "
-                "(image BLOB PRIMARY KEY, stamp TEXT, embedding BLOB) WITHOUT ROWID"
-            )
-            if self._db.execute("SELECT model FROM model").fetchall() != [(model,)]:
+            if self._db.execute("SELECT model FROM model").fetchall() != [(asked,)]:
                 self._db.execute("DELETE FROM model")
-                self._db.execute("DELETE FROM rows")
-                self._db.execute("INSERT INTO model VALUES (?)", (model,))
+                self._db.execute("DROP TABLE IF EXISTS rows")
+                self._db.execute(
+                    "CREATE TABLE rows (image BLOB PRIMARY KEY, stamp TEXT, embedding BLOB, "
+                    "predictions TEXT) WITHOUT ROWID"
+                )
+                self._db.execute("INSERT INTO model VALUES (?)", (asked,))
             self._db.commit()
 
     def done(self, names: Sequence[str]) -> set[str]:
@@ -57,27 +60,30 @@ class Journal:
             stamps = dict(self._db.execute("SELECT image, stamp FROM rows"))
         return {name for name in names if stamps.get(os.fsencode(name)) == _stamp(name)}
 
-    def add(self, name: str, embedding: Array) -> None:
-        """Remember one answer."""
-        row = (os.fsencode(name), _stamp(name), embedding.tobytes())
+    def add(self, name: str, answer: Analysis) -> None:
+        """Remember one answer; it has no predictions where none are asked for."""
+        guesses = [(guess.label, guess.index, guess.score) for guess in answer.predictions]
+        vector = answer.embedding.tobytes()
+        row = (os.fsencode(name), _stamp(name), vector, json.dumps(guesses))
         with self._errors_told():
-            self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", row)
+            self._db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)", row)
             now = time.monotonic()
             if now - self._last_commit > _COMMIT_SECONDS:
                 self._db.commit()
                 self._last_commit = now
 
-    def blocks(self, names: Sequence[str], size: int) -> Iterator[Array]:
-        """The embeddings of `names`, `size` rows at a time."""
+    def blocks(self, names: Sequence[str], size: int) -> Iterator[Block]:
+        """The answers to `names`, `size` rows at a time."""
+        select = "SELECT embedding, predictions FROM rows WHERE image = ?"
         for start in range(0, len(names), size):
             keys = [(os.fsencode(name),) for name in names[start : start + size]]
             with self._errors_told():
-                rows = [
-                    self._db.execute("SELECT embedding FROM rows WHERE image = ?", key).fetchone()
-                    for key in keys
-                ]
-            data = b"".join(row[0] for row in rows)
-            yield np.frombuffer(data, np.float32).reshape(len(rows), -1)
+                rows = [self._db.execute(select, key).fetchone() for key in keys]
+            data = b"".join(vector for vector, _ in rows)
+            yield Block(
+                np.frombuffer(data, np.float32).reshape(len(rows), -1),
+                [[Prediction(*guess) for guess in json.loads(guesses)] for _, guesses in rows],
+            )
 
     def close(self) -> None:
         """Keep what there is for the next run, as far as the disk has room for it."""

@@ -23,6 +23,7 @@ Ask a Triton server what is in images.
   vit-client classify cat.jpg                    what is it? the best five classes
   vit-client classify photos/ --json             every image below a folder, as JSON lines
   vit-client embed photos/ -o photos.npz         what is it like? a vector for each image
+  vit-client analyze photos/ --json              both, from a single forward pass
   vit-client similar cat.jpg --to photos.npz     the images most like this one
   vit-client features cat.jpg --picture out.png  where is what? patches alike in one colour
   vit-client health                              is the server there, and what does it serve?
@@ -38,6 +39,10 @@ hidden ones, nor those in @eaDir, #recycle and other such litter. One line tells
 For more names than a command line holds, which xargs would cut up:
   find photos -name '*.jpg' -print0 | vit-client embed --files-from - -0 -o photos.npz
 Each of these names is a file, as it is: not a folder, nor a pattern.
+"""
+
+_KEPT = """\
+Into one file, and resumed if interrupted: vit-client embed photos/ -o photos.parquet --top-k 5
 """
 
 _ENVIRONMENT = """\
@@ -94,6 +99,8 @@ def _does_not_fit(options: argparse.Namespace) -> str:
         return "-0 goes with --files-from"
     if given.get("overwrite") and not options.output:
         return "--overwrite goes with -o"
+    if options.task == "embed" and options.top_k and not options.output:
+        return "--top-k goes with -o; to print classes and vectors there is vit-client analyze"
     return ""
 
 
@@ -111,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     _probabilities(verbs)
     _embed(verbs)
     _features(verbs)
+    _analyze(verbs)
     _similar(verbs)
     _health(verbs)
     return top
@@ -119,9 +127,7 @@ def parser() -> argparse.ArgumentParser:
 def _classify(verbs: Any) -> None:
     verb = _verb(verbs, "classify", "the most likely classes, best first", answer, _IMAGES)
     _takes_images(verb)
-    verb.add_argument(
-        "-k", "--top-k", type=int, default=5, metavar="N", help="how many classes (default 5)"
-    )
+    _takes_top_k(verb, 5, "how many classes (default 5)")
     _prints(verb, csv=True)
 
 
@@ -142,6 +148,7 @@ def _embed(verbs: Any) -> None:
         metavar="FILE",
         help="write a .npz, .safetensors or .parquet file; interrupted, the same command goes on",
     )
+    _takes_top_k(verb, None, "write the best N classes too, from the same pass (.npz and .parquet)")
     verb.add_argument(
         "--overwrite", action="store_true", help="replace FILE even if it has other images"
     )
@@ -161,6 +168,14 @@ def _features(verbs: Any) -> None:
         metavar="FILE",
         help="draw the image and its map, the first three principal components as colours",
     )
+
+
+def _analyze(verbs: Any) -> None:
+    what = "the most likely classes and the vector, from a single forward pass"
+    verb = _verb(verbs, "analyze", what, answer, f"{_IMAGES}\n{_KEPT}")
+    _takes_images(verb)
+    _takes_top_k(verb, 5, "how many classes (default 5)")
+    _prints(verb, csv=False)
 
 
 def _similar(verbs: Any) -> None:
@@ -220,6 +235,10 @@ def _takes_images(verb: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="from a folder: leave out files and folders of such a name or path; may be repeated",
     )
+
+
+def _takes_top_k(verb: argparse.ArgumentParser, default: int | None, what: str) -> None:
+    verb.add_argument("-k", "--top-k", type=_positive, default=default, metavar="N", help=what)
 
 
 def _prints(verb: argparse.ArgumentParser, *, csv: bool) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..types import Analysis
 from ._common import escaped
 
 Array = npt.NDArray[np.float32]
@@ -30,6 +31,7 @@ def as_text(task: str) -> Show:
         "probabilities": _probabilities_text,
         "embed": _embed_text,
         "features": _features_text,
+        "analyze": _analyze_text,
     }
     return lambda name, result: print(describe[task](name, result))
 
@@ -73,6 +75,11 @@ def as_csv(task: str) -> Show:
 def _json_fields(task: str, result: Any) -> dict[str, Any]:
     if task == "classify":
         return {"predictions": [asdict(guess) for guess in result]}
+    if task == "analyze":
+        return {
+            **_json_fields("classify", result.predictions),
+            **_json_fields("embed", result.embedding),
+        }
     if task == "features":
         return {key: _numbers(value) for key, value in result.items()}
     return {"embedding" if task == "embed" else "probabilities": _numbers(result)}
@@ -98,8 +105,16 @@ def _probabilities_text(name: str, result: Array) -> str:
 
 
 def _embed_text(name: str, result: Array) -> str:
-    first = ", ".join(f"{number:.3f}" for number in result[:4])
-    return f"{name}  [{first}, …]  {len(result)} numbers, length {np.linalg.norm(result):.3f}"
+    return f"{name}  {_vector(result)}"
+
+
+def _vector(vector: Array) -> str:
+    first = ", ".join(f"{number:.3f}" for number in vector[:4])
+    return f"[{first}, …]  {len(vector)} numbers, length {np.linalg.norm(vector):.3f}"
+
+
+def _analyze_text(name: str, result: Analysis) -> str:
+    return f"{_classify_text(name, result.predictions)}\n  {_vector(result.embedding)}"
 
 
 def _features_text(name: str, result: dict[str, Array]) -> str:

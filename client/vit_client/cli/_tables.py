@@ -1,4 +1,4 @@
-"""Files of embeddings: .npz, .safetensors and .parquet. None of them is ever seen half written."""
+"""Files of embeddings, with or without classes: .npz, .safetensors and .parquet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError, shortened
-from ._common import CannotWrite, reason
+from ..types import Prediction
+from ._common import reason
+from ._files import check_place, replacing
 
 Array = npt.NDArray[np.float32]
 
@@ -25,6 +27,15 @@ Array = npt.NDArray[np.float32]
 BLOCK = 4096
 
 _FORMAT: Any = np.lib.format  # some versions of numpy have no types for it
+
+
+class Block(NamedTuple):
+    """Some rows of a table."""
+
+    embeddings: Array
+    """[n, width]."""
+    predictions: list[list[Prediction]]
+    """The best classes of each, best first; none if the table has none."""
 
 
 @dataclass(frozen=True)
@@ -35,42 +46,27 @@ class Table:
     """Names, one a row."""
     width: int
     """Numbers in a row."""
-    blocks: Callable[[], Iterable[Array]]
-    """All rows, some [n, width] at a time."""
+    top_k: int
+    """Classes in a row; 0 for a table without."""
+    blocks: Callable[[], Iterable[Block]]
+    """All rows, some at a time; may be called again."""
     model: str
     """The model that they are of, as JSON."""
 
 
-def check(path: Path) -> None:
-    """Say now, rather than after an hour's work, that `path` cannot be written.
-
-    Raises:
-        ConfigurationError: Unknown format, its package is not installed, no such folder, or a
-            folder is in the way.
-        CannotWrite: The folder is not writable.
-    """
+def check(path: Path, *, classes: bool) -> None:
+    """As `check_place`; and an unknown format, one that cannot hold classes where there are to be
+    `classes`, or one whose package is not installed, is a ConfigurationError."""
     if path.suffix not in _FORMATS:
         raise ConfigurationError(f"{shortened(path)}: the name must end in {', '.join(_FORMATS)}")
+    if classes and path.suffix == ".safetensors":
+        raise ConfigurationError(
+            f"{shortened(path)}: .safetensors holds no text, and so no classes: with --top-k the "
+            "name must end in .npz or .parquet"
+        )
     if path.suffix == ".parquet":
         _pyarrow("parquet")
     check_place(path)
-
-
-def check_place(path: Path) -> None:
-    """Raise where no file of the name `path` can be made, as `check` does."""
-    # Path's own methods raise for a name that is too long.
-    if not os.path.isdir(path.parent):  # noqa: PTH112
-        raise ConfigurationError(f"{shortened(path)}: no such folder {shortened(path.parent)}")
-    if os.path.isdir(path):  # noqa: PTH112
-        raise ConfigurationError(f"{shortened(path)} is a folder")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise CannotWrite(f"{shortened(path)} cannot be written (permission denied)")
-    try:
-        _beside(path).lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:  # the name is too long
-        raise ConfigurationError(f"{shortened(path)}: {reason(error)}") from None
 
 
 def write(path: Path, table: Table) -> None:
@@ -113,30 +109,6 @@ def _errors_told(path: Path) -> Iterator[None]:
         raise ConfigurationError(f"{shortened(path)} is not a file of embeddings ({why})") from None
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when all went well, and else vanishes.
-
-    Raises:
-        CannotWrite: Any OSError, told of `path`.
-    """
-    temporary = _beside(path)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise CannotWrite(f"{shortened(path)} cannot be written ({reason(error)})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def write_safetensors(
     path: Path,
     name: str,
@@ -158,7 +130,8 @@ def write_safetensors(
 def _write_safetensors(path: Path, table: Table) -> None:
     metadata = {"images": json.dumps(list(table.images)), "model": table.model}
     shape = (len(table.images), table.width)
-    write_safetensors(path, "embeddings", shape, table.blocks(), metadata)
+    embeddings = (block.embeddings for block in table.blocks())
+    write_safetensors(path, "embeddings", shape, embeddings, metadata)
 
 
 def _read_safetensors(path: Path) -> tuple[list[str], Array, str]:
@@ -185,14 +158,50 @@ def _safetensors_header(file: IO[bytes]) -> Any:
 
 def _write_npz(path: Path, table: Table) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        with archive.open("embeddings.npy", "w", force_zip64=True) as file:
-            head = {"descr": "<f4", "fortran_order": False}
-            shape = (len(table.images), table.width)
-            _FORMAT.write_array_header_1_0(file, {**head, "shape": shape})
-            for block in table.blocks():
-                file.write(np.ascontiguousarray(block, "<f4").tobytes())
+        shape = (len(table.images), table.width)
+        embeddings = (block.embeddings for block in table.blocks())
+        _add_blocks(archive, "embeddings.npy", "<f4", shape, embeddings)
+        if table.top_k:
+            _add_classes(archive, table)
         add_array(archive, "images.npy", np.array(table.images, dtype=np.str_))
         add_array(archive, "model.npy", np.array(table.model))
+
+
+def _add_classes(archive: zipfile.ZipFile, table: Table) -> None:
+    """labels, indices and scores, each [N, top_k]. An array's texts are all as long as its
+    longest, which has to be known first."""
+    shape = (len(table.images), table.top_k)
+    longest = max(
+        len(guess.label)
+        for block in table.blocks()
+        for guesses in block.predictions
+        for guess in guesses
+    )
+    for name, field, dtype in (
+        ("labels.npy", "label", f"<U{longest or 1}"),
+        ("indices.npy", "index", "<i4"),
+        ("scores.npy", "score", "<f4"),
+    ):
+        values = (
+            [[getattr(guess, field) for guess in row] for row in block.predictions]
+            for block in table.blocks()
+        )
+        _add_blocks(archive, name, dtype, shape, values)
+
+
+def _add_blocks(
+    archive: zipfile.ZipFile,
+    name: str,
+    dtype: str,
+    shape: tuple[int, int],
+    blocks: Iterable[npt.ArrayLike],
+) -> None:
+    """Write one member of a .npz file, which may be larger than memory."""
+    with archive.open(name, "w", force_zip64=True) as file:
+        head = {"descr": dtype, "fortran_order": False, "shape": shape}
+        _FORMAT.write_array_header_1_0(file, head)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
 def add_array(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
@@ -217,18 +226,27 @@ def _read_npz_images(path: Path) -> list[str]:
 def _write_parquet(path: Path, table: Table) -> None:
     pa, pq = _pyarrow(), _pyarrow("parquet")
     fields = [("image", pa.string()), ("embedding", pa.list_(pa.float32(), table.width))]
+    if table.top_k:
+        guess = [("label", pa.string()), ("index", pa.int32()), ("score", pa.float32())]
+        fields.append(("predictions", pa.list_(pa.struct(guess))))
     schema = pa.schema(fields, metadata={"model": table.model})
     start = 0
     with pq.ParquetWriter(path, schema) as writer:
         for block in table.blocks():
-            names = pa.array(table.images[start : start + len(block)], pa.string())
-            rows = pa.FixedSizeListArray.from_arrays(block.ravel(), table.width)
-            writer.write_batch(pa.record_batch([names, rows], schema=schema))
-            start += len(block)
+            end = start + len(block.embeddings)
+            columns = [
+                pa.array(table.images[start:end], pa.string()),
+                pa.FixedSizeListArray.from_arrays(block.embeddings.ravel(), table.width),
+            ]
+            if table.top_k:
+                guesses = [[vars(guess) for guess in row] for row in block.predictions]
+                columns.append(pa.array(guesses, schema.field("predictions").type))
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+            start = end
 
 
 def _read_parquet(path: Path) -> tuple[list[str], Array, str]:
-    table = _pyarrow("parquet").read_table(path)
+    table = _pyarrow("parquet").read_table(path, columns=["image", "embedding"])
     column = table["embedding"].combine_chunks()
     model = (table.schema.metadata or {}).get(b"model", b"").decode()
     numbers = column.flatten().to_numpy().reshape(len(table), -1)
