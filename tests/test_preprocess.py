@@ -1,5 +1,6 @@
 """The decode function of `preprocess`, outside of Triton: what goldens over gRPC do not reach."""
 
+import importlib
 import importlib.util
 import io
 import os
@@ -20,13 +21,21 @@ from vit_server import installation
 PHOTOS = Path(__file__).parent.parent / "photos"
 
 
+FOLDER = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1"
+
+
 @pytest.fixture(scope="module")
-def preprocess() -> ModuleType:
+def decoding() -> ModuleType:
+    """model_repository/preprocess/1/decode.py."""
+    sys.path.append(str(FOLDER))  # as Triton does
+    return importlib.import_module("decode")
+
+
+@pytest.fixture(scope="module")
+def preprocess(decoding: ModuleType) -> ModuleType:
     """model_repository/preprocess/1/model.py, beside Triton's own utilities."""
     sys.path.append(str(installation.find().python_backend))
-    path = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1" / "model.py"
-    sys.path.append(str(path.parent))  # as Triton does
-    spec = importlib.util.spec_from_file_location("preprocess", path)
+    spec = importlib.util.spec_from_file_location("preprocess", FOLDER / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,14 +43,14 @@ def preprocess() -> ModuleType:
     return module
 
 
-def test_resize_is_pillows(preprocess: ModuleType) -> None:
+def test_resize_is_pillows(decoding: ModuleType) -> None:
     random = np.random.default_rng(0)
     orders = set()
     for _ in range(200):
         width, height, to_width, to_height = random.integers(1, 400, 4).tolist()
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
         expected = resized(image, to_height, to_width)
-        np.testing.assert_array_equal(preprocess.resize(image, to_height, to_width), expected)
+        np.testing.assert_array_equal(decoding.resize(image, to_height, to_width), expected)
         if int(PIL.__version__.split(".")[0]) >= 13:
             whole = image.resize((to_width, to_height), Image.Resampling.BICUBIC)
             np.testing.assert_array_equal(whole, expected)
@@ -54,7 +63,7 @@ SIZES = [(1, 1), (1, 700), (700, 1), (256, 256), (1000, 777), (65535, 3), (3, 65
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("pixels", ["noise", "black and white"])
-def test_resize_in_pieces(preprocess: ModuleType, size: tuple[int, int], pixels: str) -> None:
+def test_resize_in_pieces(decoding: ModuleType, size: tuple[int, int], pixels: str) -> None:
     """Of any shape, in several pieces and strips or less than one; sums beyond 0 and 255."""
     array = np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8)
     if pixels == "black and white":
@@ -62,7 +71,7 @@ def test_resize_in_pieces(preprocess: ModuleType, size: tuple[int, int], pixels:
     image = Image.fromarray(array)
     for side in (1, 64, 256):
         expected = resized(image, side, side)
-        np.testing.assert_array_equal(preprocess.resize(image, side, side), expected)
+        np.testing.assert_array_equal(decoding.resize(image, side, side), expected)
 
 
 def test_messages_have_bounds(preprocess: ModuleType) -> None:
@@ -73,16 +82,16 @@ def test_messages_have_bounds(preprocess: ModuleType) -> None:
     assert message.splitlines()[-1] == f"(and {64 - len(message.splitlines()) + 1} more)"
 
 
-def test_limits(preprocess: ModuleType) -> None:
+def test_limits(decoding: ModuleType) -> None:
     data = (GOLDENS / "images" / "tall.jpg").read_bytes()  # 37x700
-    assert preprocess.decode(data, 64, 64, preprocess.Room(37 * 700)).shape == (64, 64, 3)
-    with pytest.raises(preprocess.BadImage, match="37x700 is over 25899 pixels"):
-        preprocess.decode(data, 64, 64, preprocess.Room(37 * 700 - 1))
+    assert decoding.decode(data, 64, 64, decoding.Room(37 * 700)).shape == (64, 64, 3)
+    with pytest.raises(decoding.BadImage, match="37x700 is over 25899 pixels"):
+        decoding.decode(data, 64, 64, decoding.Room(37 * 700 - 1))
     for size in ((65536, 1), (1, 65536)):
         file = io.BytesIO()
         Image.new("L", size).save(file, "PNG")
-        with pytest.raises(preprocess.BadImage, match=f"{size[0]}x{size[1]} has a side of over"):
-            preprocess.decode(file.getvalue(), 64, 64, preprocess.Room(10**6))
+        with pytest.raises(decoding.BadImage, match=f"{size[0]}x{size[1]} has a side of over"):
+            decoding.decode(file.getvalue(), 64, 64, decoding.Room(10**6))
 
 
 OTHERS = {
@@ -95,12 +104,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_image_here_is_named(preprocess: ModuleType, name: str) -> None:
-    with pytest.raises(preprocess.BadImage, match=f"bytes that are {name}: not supported"):
-        preprocess.decode(OTHERS[name], 64, 64, preprocess.Room(10**6))
+def test_what_is_no_image_here_is_named(decoding: ModuleType, name: str) -> None:
+    with pytest.raises(decoding.BadImage, match=f"bytes that are {name}: not supported"):
+        decoding.decode(OTHERS[name], 64, 64, decoding.Room(10**6))
 
 
-def test_run_length_encoded_bitmap(preprocess: ModuleType) -> None:
+def test_run_length_encoded_bitmap(decoding: ModuleType) -> None:
     """Pillow reads each run in two: 2.5 million for 1280 x 960 pixels that differ."""
     pixels = np.random.default_rng(0).integers(0, 256, (960, 1280), np.uint8)
     runs = np.stack([np.ones_like(pixels), pixels], axis=2).reshape(960, -1)
@@ -108,13 +117,13 @@ def test_run_length_encoded_bitmap(preprocess: ModuleType) -> None:
     palette = b"".join(bytes((i, i, i, 0)) for i in range(256))
     info = struct.pack("<IiiHHIIiiII", 40, 1280, 960, 1, 8, 1, len(rows), 0, 0, 256, 256)
     head = struct.pack("<2sIHHI", b"BM", 14 + 40 + 1024 + len(rows), 0, 0, 14 + 40 + 1024)
-    got = preprocess.decode(head + info + palette + rows, 64, 64, preprocess.Room(10**7))
+    got = decoding.decode(head + info + palette + rows, 64, 64, decoding.Room(10**7))
     expected = resized(Image.fromarray(pixels).convert("RGB"), 64, 64)
     np.testing.assert_array_equal(got, expected)
 
 
-def test_pixels_in_memory_are_bounded(preprocess: ModuleType) -> None:
-    room, begun, done = preprocess.Room(10), threading.Event(), []
+def test_pixels_in_memory_are_bounded(decoding: ModuleType) -> None:
+    room, begun, done = decoding.Room(10), threading.Event(), []
 
     def large() -> None:
         begun.set()
@@ -143,19 +152,19 @@ def test_threads_are_openmps(
 
 @pytest.mark.parametrize("side", [64, 96])
 @pytest.mark.parametrize("photo", sorted(PHOTOS.glob("*.jpg")), ids=lambda path: path.stem)
-def test_fast_jpeg_is_nearly_the_same(preprocess: ModuleType, photo: Path, side: int) -> None:
+def test_fast_jpeg_is_nearly_the_same(decoding: ModuleType, photo: Path, side: int) -> None:
     """A photo of 4 to 10 times the model's size, as 2 megapixels are of 256 pixels."""
     data = photo.read_bytes()
-    exact = preprocess.decode(data, side, side, preprocess.Room(10**6)).astype(int)
-    fast = preprocess.decode(data, side, side, preprocess.Room(10**6), fast_jpeg=True).astype(int)
+    exact = decoding.decode(data, side, side, decoding.Room(10**6)).astype(int)
+    fast = decoding.decode(data, side, side, decoding.Room(10**6), fast_jpeg=True).astype(int)
     assert 0 < abs(fast - exact).mean() < 1
     assert abs(fast - exact).max() <= 40
 
 
-def test_fast_jpeg_changes_nothing_else(preprocess: ModuleType) -> None:
+def test_fast_jpeg_changes_nothing_else(decoding: ModuleType) -> None:
     """No other kind of file, and no JPEG below four times the model's size (two each way)."""
     for path in sorted((GOLDENS / "images").iterdir()):
         side = 16 if path.suffix != ".jpg" else 256
-        data, room = path.read_bytes(), preprocess.Room(10**6)
-        exact, fast = (preprocess.decode(data, side, side, room, fast) for fast in (False, True))
+        data, room = path.read_bytes(), decoding.Room(10**6)
+        exact, fast = (decoding.decode(data, side, side, room, fast) for fast in (False, True))
         np.testing.assert_array_equal(fast, exact, str(path))

@@ -16,7 +16,7 @@ from vit_client.cli._folders import SUFFIXES, images_below, what_was_skipped
 from .conftest import encoded
 from .test_cli import COMMAND, vit_client
 
-PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1" / "model.py"
+PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1" / "decode.py"
 
 
 def fill(folder: Path, *names: str) -> Path:

@@ -6,9 +6,8 @@ in the folder `found`. Only Python code guides it: the C libraries are run, not 
 """
 
 import argparse
-import importlib.util
+import importlib
 import sys
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None
-    module = preprocess()
+    module = decoding()
 
     def one(data: bytes) -> None:
         try:
@@ -75,20 +74,11 @@ def main() -> None:
     atheris.Fuzz()
 
 
-def preprocess() -> Any:
-    """model_repository/preprocess/1/model.py; Triton's own module is there for its import only."""
-    sys.modules.setdefault(
-        "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils")
-    )
-    path = poison.ROOT / "model_repository" / "preprocess" / "1" / "model.py"
-    spec = importlib.util.spec_from_file_location("preprocess", path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.path.append(str(path.parent))  # as Triton does
-    module = importlib.util.module_from_spec(spec)
-    with atheris.instrument_imports(include=["preprocess"]):
-        spec.loader.exec_module(module)
-    return module
+def decoding() -> Any:
+    """model_repository/preprocess/1/decode.py."""
+    sys.path.append(str(poison.ROOT / "model_repository" / "preprocess" / "1"))  # as Triton does
+    with atheris.instrument_imports(include=["decode"]):
+        return importlib.import_module("decode")
 
 
 if __name__ == "__main__":

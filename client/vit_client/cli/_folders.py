@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ._common import reason
 
-# What the server can read (FORMATS in its preprocess/1/model.py).
+# What the server can read (FORMATS in its preprocess/1/decode.py).
 SUFFIXES = frozenset(
     f".{name}"
     for name in (

@@ -20,13 +20,20 @@ WEIGHTS = (int64[::1], int64[::1], int32[:, ::1])
 
 
 def resize(image, height, width):
-    """RGB image (Pillow's) -> uint8 [height, width, 3]: Image.resize((width, height), BICUBIC).
+    """RGB image, Pillow's or uint8 [h, w, 3] -> uint8 [height, width, 3], as
+    Image.resize((width, height), BICUBIC) gives it.
 
     Which axis is first makes up to 8 levels of difference in tall images. It changed in Pillow 13,
     whose choice this is, with any Pillow.
     """
-    w, h = image.size
-    if h > height and h - height > 2 * (w - width):
+    is_array = isinstance(image, np.ndarray)
+    w, h = image.shape[1::-1] if is_array else image.size
+    down_first = h > height and h - height > 2 * (w - width)
+    if is_array:
+        return (
+            across(down(image, height), width) if down_first else down(across(image, width), height)
+        )
+    if down_first:
         step = max(STRIP, PIECE // h)
         pieces = [(x, 0, min(x + step, w), h) for x in range(0, w, step)]
         resized = [down(np.asarray(image.crop(piece)), height) for piece in pieces]
