@@ -9,6 +9,7 @@ import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -36,7 +37,8 @@ class TritonPythonModel:
         warnings.simplefilter("ignore")
         metrics = os.environ.get("VIT_METRICS", "localhost:8002")
         self.backlog = Backlog(metrics, config["max_batch_size"])
-        self.pool = ThreadPoolExecutor(threads())
+        self.threads = threads()
+        self.pool = ThreadPoolExecutor(self.threads)
         self.pulse = Pulse()
 
     def execute(self, requests):
@@ -44,15 +46,31 @@ class TritonPythonModel:
         begun = now()
         # Flat: a request may also say that it has the shape [0, 1], and have an image.
         files = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy().flat for r in requests]
-        # Start every row of every request before the first answer is put together.
-        started = [[self.pool.submit(self.decode, data) for data in batch] for batch in files]
-        answers = [self.answer(futures) for futures in started]
+        results = iter(self.decode_all([data for batch in files for data in batch]))
+        answers = [self.answer(list(islice(results, len(batch)))) for batch in files]
         self.pulse.check(begun)
         return answers
 
+    def decode_all(self, files):
+        """All rows of all requests, by as many threads as there are: pixels, or why not, of each.
+
+        This thread is one of them, and each takes the next row as soon as it is done: a task of
+        the pool for each row would cost more, most of it under the interpreter's lock.
+        """
+        results = [None] * len(files)
+        left = iter(enumerate(files))
+
+        def work():
+            for row, data in left:
+                results[row] = self.decode(data)
+
+        others = [self.pool.submit(work) for _ in range(min(self.threads, len(files)) - 1)]
+        work()
+        for other in others:
+            other.result()
+        return results
+
     def decode(self, data):
-        # Returned, not raised: an exception that a future keeps holds the whole batch, in a cycle,
-        # until the garbage collector happens to run.
         try:
             if len(data) > self.max_bytes:
                 raise BadImage(f"{len(data)} bytes are over the limit of {self.max_bytes}")
@@ -60,19 +78,15 @@ class TritonPythonModel:
         except BadImage as e:
             return str(e)
 
-    def answer(self, futures):
+    def answer(self, results):
         """One request's rows -> its response: all pixels, or an error that names the bad rows."""
-        pixels = np.empty((len(futures), self.height, self.width, 3), np.uint8)
-        bad = []
-        for row, future in enumerate(futures):
-            result = future.result()
-            if isinstance(result, str):
-                bad.append(f"image[{row}]: {result}")
-            else:
-                pixels[row] = result
+        bad = [f"image[{i}]: {why}" for i, why in enumerate(results) if isinstance(why, str)]
         if bad:
             error = pb_utils.TritonError(shorten(bad), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
+        pixels = np.empty((len(results), self.height, self.width, 3), np.uint8)
+        for row, result in enumerate(results):
+            pixels[row] = result
         return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])
 
     def finalize(self):
