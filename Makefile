@@ -61,7 +61,8 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-bench models my-models sbom embedding.f32 request.json triton.binpb
+	rm -rf .venv .venv-bench models my-models sbom embedding.f32 request.json \
+		request.bin answer.json triton.binpb
 
 $(INSTALLED): constraints.txt find-python.sh */pyproject.toml
 	@python=$$(./find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
