@@ -3,7 +3,8 @@
 Triton gives a Python model's process up when it has shown no sign of life for a second: stopped,
 starved of CPU, swapped out, the machine suspended. It fails that request, and takes the answer that
 comes late for the next request's, and so on from there (seen with Triton 2.51). So a process that
-was held up ends instead of answering, and that is noticed.
+was held up ends instead of answering, and that is noticed. Triton's second is by the wall clock: it
+may be over at once where that is set forward.
 """
 
 import os
@@ -15,23 +16,25 @@ from pathlib import Path
 
 HELD_UP = 0.7  # seconds: Triton looks once a second, and its own sign of life comes every 0.3
 SIGN = 0.3
-# Between two looks all cores may use their time, which then hides as much of a stop.
-BEAT = min(0.1, 0.2 / len(os.sched_getaffinity(0)))
+STEP = 0.25  # of the wall clock; with 0.7 it would be a second at once
 SLEEPS = re.compile(r"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
 class Pulse:
     """`begun = now()` before the work on requests, and `check(begun)` before an answer goes out."""
 
-    def __init__(self):
+    def __init__(self, threads=None):
+        """`threads`: that work at once at the most, if those are not as many as the cores."""
+        self.interval = interval(threads or cores())
         self.signs = Signs()
         self.last = now(), time.process_time(), 0
+        self.offset = wall_clock()
         self.held_up = 0.0
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
         while True:
-            time.sleep(BEAT)
+            time.sleep(self.interval)
             self.beat()
 
     def beat(self):
@@ -42,9 +45,10 @@ class Pulse:
         # This thread may just have waited for Python's lock, which another one can keep for
         # seconds, over a file of 500 MB, at work or waiting for a core. Triton's sign of life needs
         # no lock: where it has come meanwhile, or a CPU was used, the process was not held up.
-        if silent - max(used, signs * SIGN) > HELD_UP:
+        offset = wall_clock()
+        if silent - max(used, signs * SIGN) > HELD_UP or offset - self.offset > STEP:
             self.held_up = this[0]
-        self.last = this
+        self.last, self.offset = this, offset
 
     def check(self, begun):
         self.beat()  # the thread may not have come to see it yet
@@ -97,6 +101,28 @@ def sleeps(thread):
         return int(SLEEPS.search(Path(f"/proc/self/task/{thread}/status").read_text())[1])
     except OSError:
         return 0
+
+
+def interval(threads):
+    """Seconds between two looks, in which all threads may use a core, and hide as much of a stop.
+
+    The one that `execute` runs in is at work besides.
+    """
+    return min(0.1, 0.2 / min(threads + 1, len(os.sched_getaffinity(0))))
+
+
+def cores():
+    """As many as OpenMP has threads: where there is a CPU limit, fewer than the machine's."""
+    found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
+    return int(found[1]) if found else len(os.sched_getaffinity(0))
+
+
+def wall_clock():
+    """Seconds that it is ahead of `now`, within 0.01."""
+    while True:  # again, where this thread lost its core between the clocks
+        before, wall, after = now(), time.time(), now()
+        if after - before < 0.01:
+            return wall - after
 
 
 def now():
