@@ -12,12 +12,14 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import BIN, PHOTOS, Server, at_each_batch, copy, serving, start_and_fail
+from google.protobuf import text_format
 from ports import free_ports, wait_for
 from processes import (
     FREE_PORTS,
@@ -26,11 +28,16 @@ from processes import (
     gone,
     listening,
     model_process,
+    model_processes,
     segments,
     tritonserver,
     with_mounts,
     workspaces,
 )
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from vit_server import repository, sizing
+from vit_server.probe import ENSEMBLES
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 
@@ -295,6 +302,85 @@ def cores(*files: tuple[str, str]) -> int:
     return int(subprocess.check_output(command, text=True))
 
 
+@pytest.mark.parametrize(
+    ("cores", "count", "threads"),
+    [(1, 2, 1), (2, 2, 2), (4, 2, 4), (6, 2, 6), (8, 3, 4), (16, 6, 4), (64, 22, 4)],
+)
+def test_processes_and_threads_for_some_cores(cores: int, count: int, threads: int) -> None:
+    assert sizing.processes(cores, 110_000_000, memory=1 << 40, shm=1 << 40) == count
+    assert sizing.threads(cores, count) == threads
+
+
+def test_no_more_processes_than_there_is_memory_for() -> None:
+    """As on a machine of 64 cores, with the limits of compose.yaml."""
+    assert sizing.processes(64, 110_000_000, memory=8 << 30, shm=1 << 40) == 2
+    assert sizing.processes(64, 110_000_000, memory=32 << 30, shm=1 << 40) == 9
+    assert sizing.processes(64, 110_000_000, memory=1 << 40, shm=1 << 30) == 8
+    assert sizing.processes(64, 110_000_000, memory=1 << 40, shm=64 << 20) == 2
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "count", "threads"),
+    [
+        ({}, 3, "4"),
+        ({"count: 2": "count: 1"}, 1, "8"),
+        ({"count: 2": "count: 5"}, 5, "2"),
+        ({'"auto"': '"6"'}, 2, "6"),
+        ({'"auto"': '"6"', "count: 2": "count: 4"}, 4, "6"),
+        ({'key: "threads"': 'key: "other"'}, 2, ""),  # as an older builder wrote it
+    ],
+)
+def test_processes_that_somebody_has_set_stand(
+    tiny_repository: Path, tmp_path: Path, by_hand: dict[str, str], count: int, threads: str
+) -> None:
+    models = of_small_images(tiny_repository, tmp_path)
+    file = models / "preprocess" / "config.pbtxt"
+    for before, after in by_hand.items():
+        assert before in file.read_text()
+        file.write_text(file.read_text().replace(before, after))
+    repository.fit(models, cores=8)
+    config = text_format.Parse(file.read_text(), ModelConfig())
+    assert [group.count for group in config.instance_group] == [count]
+    assert config.parameters["threads"].string_value == threads
+
+
+def test_repository_that_may_only_be_read(tiny_repository: Path, tmp_path: Path) -> None:
+    models = copy(tiny_repository, tmp_path)
+    for file in models.rglob("*.*"):
+        file.chmod(0o444)
+    with serving(models, under=WITHOUT_OVERRIDES) as server:
+        with InferenceServerClient(server.url) as client:
+            config = client.get_model_config("preprocess").config
+        assert config.parameters["threads"].string_value != "auto"
+        assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
+
+
+def of_small_images(repository: Path, folder: Path) -> Path:
+    """A copy with which this machine's memory bounds no number of processes."""
+    changed = copy(repository, folder)
+    file = changed / "preprocess" / "config.pbtxt"
+    assert '"110000000"' in file.read_text()
+    file.write_text(file.read_text().replace('"110000000"', '"1000000"'))
+    return changed
+
+
+def test_more_cores_more_processes(
+    tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = of_small_images(tiny_repository, tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    with serving(models) as server:
+        with InferenceServerClient(server.url) as client:
+            config = client.get_model_config("preprocess").config
+        assert [group.count for group in config.instance_group] == [3]
+        assert config.parameters["threads"].string_value == "4"
+        assert len(model_processes(server.process.pid, "preprocess")) == 3
+        with ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(server.infer, "classify", "image", [PHOTO]) for _ in range(24)]
+            scores = [future.result()["scores"] for future in asked]
+    assert all(found.shape == (1, 12) for found in scores)
+
+
 def test_cores_are_those_of_the_quota() -> None:
     here = len(os.sched_getaffinity(0))
     period = ("cpu/cpu.cfs_period_us", "100000")
@@ -459,6 +545,31 @@ def test_dead_model_process_ends_the_server(tiny_repository: Path) -> None:
         assert said == f"vit-server: the process of the model 'preprocess' has ended (pid {stub})"
         assert gone(pids)
         assert not segments(server.process.pid)
+
+
+def test_one_of_several_processes_dies_while_it_starts(
+    tiny_repository: Path, tmp_path: Path
+) -> None:
+    """After the first answers, none of which it gave."""
+    probes = tmp_path / "probes"
+    models = at_each_batch(
+        tiny_repository,
+        tmp_path,
+        "import os, pathlib, signal, time",
+        f"probes = pathlib.Path({str(probes)!r})",
+        "probes.open('a').write('.')",
+        f"if probes.stat().st_size == {len(ENSEMBLES)}:",
+        "    lists = pathlib.Path(f'/proc/{os.getppid()}/task').glob('*/children')",
+        "    for pid in ' '.join(file.read_text() for file in lists).split():",
+        "        process = pathlib.Path('/proc', pid)",
+        "        ours = '/preprocess/' in (process / 'cmdline').read_text()",
+        "        if ours and int(pid) != os.getpid():",
+        "            os.kill(int(pid), signal.SIGKILL)",
+        "            while ') Z ' not in (process / 'stat').read_text():",
+        "                time.sleep(0.01)",
+    )
+    said = start_and_fail(models, *FREE_PORTS)
+    assert said == "vit-server: the process of the model 'preprocess' has ended"
 
 
 def test_any_folder_name_will_do(tiny_repository: Path, tmp_path: Path) -> None:

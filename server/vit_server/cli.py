@@ -83,6 +83,8 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
         ports = reserve_ports(args, opened)
         backends = installation.prepare(found, own.folder)
         repository.snapshot(args.model_repository.resolve(), models)
+        env = installation.environment(found)
+        repository.fit(models, installation.threads(env))
         largest = 0 if warm_up else repository.without_warm_up(models)
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         flags = [*tritonserver.log_flags(args.verbose), *flags]
@@ -90,10 +92,10 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
         command = tritonserver.command(
             found.binary, backends, models, own.shm_prefix, ports, tls, age, key, flags
         )
-        env = installation.environment(found)
         # preprocess looks there how much waits for vit.
         env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
-        process = TritonProcess(command, env, found.python_models, args.verbose)
+        python_models = {name: repository.processes(models, name) for name in found.python_models}
+        process = TritonProcess(command, env, python_models, args.verbose)
         try:
             say("Starting tritonserver …")
             probe.wait_until_answering(process, ports, key)
@@ -238,10 +240,11 @@ def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
         "model's process has ended, or not all was answered; 130 stopped at once; else "
         "tritonserver's.",
         epilog="What follows -- goes to tritonserver as it is (vit-server -- --help lists its "
-        "flags). In the environment: OMP_NUM_THREADS, else threads for all cores this process may "
-        "use; VIT_ADMIN_KEY, which opens the calls that are closed (shared memory, model "
-        "repository, trace, logging) to those who send it as the header vit-admin-key over HTTP, "
-        "or triton-grpc-protocol-vit-admin-key over gRPC.",
+        "flags). In the environment: OMP_NUM_THREADS, the cores to use, else all that this "
+        "process may use (how many processes decode images follows from them); VIT_ADMIN_KEY, "
+        "which opens the calls that are closed (shared memory, model repository, trace, logging) "
+        "to those who send it as the header vit-admin-key over HTTP, or "
+        "triton-grpc-protocol-vit-admin-key over gRPC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

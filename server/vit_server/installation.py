@@ -133,7 +133,8 @@ def environment(installation: Installation) -> dict[str, str]:
     # The stub embeds an interpreter that ignores PYTHONPATH and takes the virtual environment of
     # the first `python3` on the PATH.
     env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
-    env.setdefault("OMP_NUM_THREADS", str(cores()))
+    if not env.get("OMP_NUM_THREADS", "").strip():
+        env["OMP_NUM_THREADS"] = str(cores())
     # Without a limit OpenMP's threads spin while they wait, which collapses when `preprocess`
     # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
     env.setdefault("GOMP_SPINCOUNT", "10000")
@@ -146,6 +147,23 @@ def tell_flags(root: Path | None) -> None:
     # 2.51 writes it to standard error, and ends with exit code 1.
     command = [str(found.binary), "--help"]
     subprocess.run(command, env=environment(found), stderr=subprocess.STDOUT, check=False)
+
+
+def threads(env: dict[str, str]) -> int:
+    """The cores to use in an `environment`: the first of its numbers of threads for OpenMP.
+
+    The others are for nested threads.
+
+    Raises:
+        ServerError: OpenMP would not take them.
+    """
+    text = env["OMP_NUM_THREADS"]
+    counts = [count.strip() for count in text.split(",")]
+    if not all(count.isdecimal() and 0 < int(count) < 2**16 for count in counts):
+        raise ServerError(
+            f"OMP_NUM_THREADS={text} is neither a number of threads nor a list of such"
+        )
+    return int(counts[0])
 
 
 def cores() -> int:

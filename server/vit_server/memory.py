@@ -1,5 +1,6 @@
-"""The memory limit: whether there is one, and whether the kernel has killed a process for it."""
+"""The memory limit: what it is, and whether the kernel has killed a process for it."""
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +12,21 @@ _SCORE = Path("/proc/self/oom_score_adj")
 _FIRST = 300  # thousandths of the limit
 
 
-def limited() -> bool:
-    """Whether this process' cgroup has a limit, as in a container."""
+def limit() -> int:
+    """Bytes that this process' cgroup may take: its limit, as in a container, or the machine's."""
     for file in _LIMITS:
         with suppress(OSError, ValueError):  # "max" in version 2; in version 1 some 2⁶³
-            return int(file.read_text()) < 1 << 60
-    return False
+            return min(int(file.read_text()), _machine())
+    return _machine()
+
+
+def limited() -> bool:
+    """Whether it has a limit of its own."""
+    return limit() < _machine()
+
+
+def _machine() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def go_first() -> None:

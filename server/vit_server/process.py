@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -65,13 +65,15 @@ def say(text: str, stream: TextIO | None = None) -> None:
 class TritonProcess:
     """A running tritonserver.
 
+    `python_models` says of each in how many processes it runs, at the least.
+
     Signals go to this process: tritonserver is in a session of its own, so that Ctrl-C in a
     terminal reaches neither it nor its stubs. Should this process be killed, the kernel ends
     tritonserver, and its stubs end when they see that.
     """
 
     def __init__(
-        self, command: list[str], env: dict[str, str], python_models: set[str], verbose: bool
+        self, command: list[str], env: dict[str, str], python_models: dict[str, int], verbose: bool
     ) -> None:
         self._python_models = python_models
         self.signals: list[float] = []  # when it was told to stop
@@ -124,8 +126,10 @@ class TritonProcess:
         self._quiet = False
         self._settled.set()
         self._stubs = _stubs(self._child.pid)
-        for model in self._python_models - set(self._stubs.values()):
-            raise ServerError(f"the process of the model '{model}' has ended")
+        running = Counter(self._stubs.values())
+        for model, count in self._python_models.items():
+            if running[model] < count:
+                raise ServerError(f"the process of the model '{model}' has ended")
 
     def failure(self) -> ServerError:
         """Why it went away while it loaded the models, from its log."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from . import memory, sizing
 from .http_front import MAX_REQUEST_BYTES
 from .installation import reason
 from .probe import ENSEMBLES
@@ -19,6 +20,7 @@ from .tritonserver import ServerError
 
 MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
 REPORT = "build_report.json"
+AUTO = "auto"  # how many threads, in preprocess/config.pbtxt
 BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")  # with their digests in the report
 
 
@@ -72,19 +74,50 @@ def told_as(repository: Path, copy: Path) -> Iterator[None]:
 
 def max_request_bytes(repository: Path) -> int:
     """What the builder says of it; or the default, where an older one has said nothing."""
-    parameters = _config(repository, "preprocess").parameters
-    try:
-        return int(parameters["max_request_bytes"].string_value or MAX_REQUEST_BYTES)
-    except ValueError as e:
-        raise ServerError(f"{repository}/preprocess/config.pbtxt: {e}") from e
+    config = _config(repository, "preprocess")
+    return _number(repository, config, "max_request_bytes") or MAX_REQUEST_BYTES
+
+
+def fit(repository: Path, cores: int) -> None:
+    """Have `preprocess` in as many processes and threads as the cores want.
+
+    What somebody has changed stands: the count of processes, or, with a number of threads, both.
+    """
+    config = _config(repository, "preprocess")
+    if config.parameters["threads"].string_value != AUTO:  # an older builder has said nothing
+        return
+    if [group.count for group in config.instance_group] == [sizing.LEAST]:
+        pixels = max(1, _number(repository, config, "max_image_pixels"))
+        shm = shutil.disk_usage("/dev/shm").free
+        config.instance_group[0].count = sizing.processes(cores, pixels, memory.limit(), shm)
+    threads = sizing.threads(cores, _processes(config))
+    config.parameters["threads"].string_value = str(threads)
+    _write(repository, "preprocess", config)
+
+
+def processes(repository: Path, model: str) -> int:
+    """How many a Python model has, at the least: on several GPUs it may have more."""
+    return _processes(_config(repository, model))
 
 
 def without_warm_up(repository: Path) -> int:
     """Have the network loaded without it; the images of its largest batch."""
     config = _config(repository, "vit")
     config.ClearField("model_warmup")
-    (repository / "vit" / "config.pbtxt").write_text(text_format.MessageToString(config))
+    _write(repository, "vit", config)
     return int(config.max_batch_size)
+
+
+def _processes(config: ModelConfig) -> int:
+    return max(1, sum(int(group.count) for group in config.instance_group))
+
+
+def _number(repository: Path, config: ModelConfig, parameter: str) -> int:
+    """Of preprocess; 0 where it is not there."""
+    try:
+        return int(config.parameters[parameter].string_value or 0)
+    except ValueError as e:
+        raise ServerError(f"{repository}/preprocess/config.pbtxt: {parameter}: {e}") from e
 
 
 def _config(repository: Path, model: str) -> ModelConfig:
@@ -93,6 +126,15 @@ def _config(repository: Path, model: str) -> ModelConfig:
         return text_format.Parse(path.read_text("utf-8"), ModelConfig())
     except (text_format.ParseError, ValueError) as e:
         raise ServerError(f"{path}: {e}") from e
+
+
+def _write(repository: Path, model: str, config: ModelConfig) -> None:
+    path = repository / model / "config.pbtxt"
+    try:
+        path.chmod(0o600)  # the copy of a file that may be read only
+        path.write_text(text_format.MessageToString(config))
+    except OSError as e:
+        raise ServerError(f"{repository.parent} cannot be written: {e.strerror}") from e
 
 
 def _copied_in_one_piece(repository: Path, to: Path) -> bool:

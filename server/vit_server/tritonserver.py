@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
-MIB = 1 << 20
+SEGMENT = 64 << 20  # bytes of /dev/shm that the process of a Python model begins with
 # Not given, since their defaults are what vit-server relies on, or there is another name for them.
 _KEPT = (
     "--model-store",
@@ -84,8 +84,8 @@ def command(
     ]
     settings = [  # of which there may be more than one, or the last one counts
         # Tensors between server and stubs. The default of 1 MB grows in steps under load.
-        f"--backend-config=python,shm-default-byte-size={64 * MIB}",
-        f"--backend-config=python,shm-growth-byte-size={64 * MIB}",
+        f"--backend-config=python,shm-default-byte-size={SEGMENT}",
+        f"--backend-config=python,shm-growth-byte-size={SEGMENT}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
     ]
     taken = [*(flag.partition("=")[0] for flag in ours), *_KEPT]

@@ -1,0 +1,33 @@
+"""How many processes decode images, and on how many threads: as the cores here want it.
+
+It costs memory. Each process decodes up to `max_image_pixels` at once, of at most 16 bytes each
+(1.8 GB by default), and takes 0.1 GB idle and a segment of /dev/shm. So a server with many cores
+and little memory has fewer of them.
+"""
+
+import math
+
+from .tritonserver import SEGMENT
+
+LEAST = 2  # as in the template, whose comment says why
+# That a process is to keep busy: 7% of decoding a photo (0.15 of 2.1 ms), and all that is done for
+# a batch as a whole, is for one thread at a time.
+CORES = 3
+BYTES_A_PIXEL = 16
+
+
+def processes(cores: int, pixels: int, memory: int, shm: int) -> int:
+    """How many there are to be.
+
+    Args:
+        pixels: that one of them decodes at once.
+        memory: bytes that the server may take, of which images being decoded get half.
+        shm: bytes free in /dev/shm, of which their segments get half, to begin with.
+    """
+    room = min(memory // 2 // (BYTES_A_PIXEL * pixels), shm // 2 // SEGMENT)
+    return max(LEAST, min(math.ceil(cores / CORES), room))
+
+
+def threads(cores: int, processes: int) -> int:
+    """In each process: while one is held up, or between two batches, the others have all cores."""
+    return math.ceil(cores / max(1, processes - 1))
