@@ -7,6 +7,7 @@
 # make bench  the served model against a bare loop, the eager network and other servers: 10 minutes
 # make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
+# make bench-host  what feeds a GPU: decoding, resizing and Triton, and bare loops of others: 8 minutes
 # make bench-gpu  the same network on a GPU: bare, and served with settings tried out
 # make clean  remove what all of these have made
 
@@ -16,10 +17,11 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_BENCH := .venv-bench/installed
+INSTALLED_BENCH_HOST := .venv-bench/installed-host
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu
+.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu bench-host
 
 demo: $(BUILT)
 	$(BIN)/python demo.py
@@ -46,6 +48,9 @@ load: $(if $(findstring --url,$(ARGS)),,$(BUILT)) $(INSTALLED_DEV)
 
 bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
 	$(BIN)/python -m bench $(ARGS)
+
+bench-host: $(INSTALLED_DEV) $(INSTALLED_BENCH_HOST)
+	$(BIN)/python -m bench.host $(ARGS)
 
 bench-gpu: $(INSTALLED_DEV)
 	$(BIN)/python -m bench.gpu $(ARGS)
@@ -80,6 +85,12 @@ $(INSTALLED_BENCH): $(INSTALLED) bench/peers/requirements.txt
 	$(BIN)/python -m venv .venv-bench
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
 		-r bench/peers/requirements.txt -e builder
+	@touch $@
+
+$(INSTALLED_BENCH_HOST): $(INSTALLED_BENCH) bench/host/requirements.txt
+	@echo "Installing OpenCV and NVIDIA DALI into .venv-bench (0.5 GB) …"
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+		-r bench/host/requirements.txt
 	@touch $@
 
 # Rebuilt when the builder or the template changes. Where the hub can't be reached, the model has

@@ -1,0 +1,1 @@
+"""The host's part of an image: what feeds a GPU."""
