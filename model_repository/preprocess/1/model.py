@@ -37,9 +37,10 @@ class TritonPythonModel:
         warnings.simplefilter("ignore")
         metrics = os.environ.get("VIT_METRICS", "localhost:8002")
         self.backlog = Backlog(metrics, config["max_batch_size"])
-        self.threads = threads()
+        told = parameter.get("threads", "auto")  # a number where vit-server has seen the machine
+        self.threads = threads() if told == "auto" else int(told)
         self.pool = ThreadPoolExecutor(self.threads)
-        self.pulse = Pulse()
+        self.pulse = Pulse(self.threads)
 
     def execute(self, requests):
         self.backlog.wait(len(requests))
