@@ -98,12 +98,12 @@ def question(task: Task, top_k: int = 0, into: Callable[..., Any] | None = None)
 def _fields(into: Callable[..., Any]) -> tuple[str, ...]:
     try:
         fields = tuple(inspect.signature(into).parameters)
-    except ValueError:  # a builtin that tells none
+    except (TypeError, ValueError):  # no class, or a builtin that tells none
         fields = ()
     if not fields or not set(fields) <= set(ANSWERS):
         name = getattr(into, "__name__", repr(into))
         raise ValueError(
-            f"into must have fields of the names {', '.join(ANSWERS)}, or some of them; "
-            f"{name} has {', '.join(fields) or 'none'}"
+            f"into must be a NamedTuple or dataclass with the fields {', '.join(ANSWERS)}, "
+            f"or some of them; {name} has {', '.join(fields) or 'none'}"
         )
     return fields

@@ -139,13 +139,22 @@ class Logits(NamedTuple):
     logits: Array
 
 
-@pytest.mark.parametrize("into", [Logits, dict, object])
+class Plain:
+    embedding: Array
+
+
+@pytest.mark.parametrize("into", [Logits, dict, object, Plain])
 def test_other_fields_are_refused(client: Client, into: type[Any]) -> None:
     words = "predictions, probabilities, embedding, neck, or some of them; "
     with pytest.raises(ValueError, match=words + f"{into.__name__} has (embedding, logits|none)"):
         client.analyze(IMAGES[0], into=into)
     with pytest.raises(ValueError, match=words):
         client.stream(IMAGES, task="analyze", into=into)
+
+
+def test_into_is_a_class(client: Client) -> None:
+    with pytest.raises(ValueError, match=r"a NamedTuple or dataclass .* 'Card' has none"):
+        client.analyze(IMAGES[0], into="Card")  # type: ignore[call-overload]
 
 
 def test_arguments_that_do_not_fit_are_refused(client: Client) -> None:

@@ -212,9 +212,9 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
     return number
 
 
