@@ -106,13 +106,14 @@ def copy(repository: Path, folder: Path) -> Path:
 
 
 def at_each_batch(repository: Path, folder: Path, *lines: str) -> Path:
-    """A copy whose `preprocess` runs these lines before each batch."""
+    """A copy whose `preprocess` runs these lines before each batch; it has `os` and `time`."""
     changed = copy(repository, folder)
     code = changed / "preprocess" / "1" / "model.py"
     before = "        self.backlog.wait(len(requests))\n"
     assert before in code.read_text()
     added = "".join(f"        {line}\n" for line in lines)
-    code.write_text(code.read_text().replace(before, before + added))
+    text = code.read_text().replace(before, before + added)
+    code.write_text(f"import os\nimport time\n{text}")
     return changed
 
 

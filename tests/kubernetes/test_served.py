@@ -56,7 +56,7 @@ def test_gpu_overlay_serves(tiny_repository: Path) -> None:
             with pytest.raises(InferenceServerException, match="restricted"):
                 triton.get_model_repository_index()
             header = {"triton-grpc-protocol-vit-admin-key": KEY}
-            assert len(triton.get_model_repository_index(headers=header).models) == 7
+            assert len(triton.get_model_repository_index(headers=header).models) == 9
             with pytest.raises(InferenceServerException, match="not allowed if polling is enabled"):
                 triton.unload_model("vit", headers=header)
 
