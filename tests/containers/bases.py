@@ -68,7 +68,9 @@ def _debian(docker: Engine, image: str, folder: Path, server: str) -> None:
     docker("import", "--change", f"LABEL {TOKEN}=1", tar, f"{image}-bare")
     (folder / "pip.conf").write_text(pip_conf(server))
     lines = [f"FROM {image}-bare", "COPY pip.conf /etc/pip.conf"]
-    if bundle := os.environ.get("SSL_CERT_FILE"):  # those of a proxy that packages come through
+    # This machine's may have that of a proxy that packages come through.
+    bundle = os.environ.get("SSL_CERT_FILE", "/etc/ssl/certs/ca-certificates.crt")
+    if Path(bundle).is_file():
         shutil.copy(bundle, folder / "bundle.crt")
         lines.append("COPY bundle.crt /etc/ssl/certs/ca-certificates.crt")
     docker("build", LABEL, "-t", image, "-f", "-", folder, input="\n".join(lines), seconds=300)
