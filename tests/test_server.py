@@ -403,7 +403,8 @@ def test_folder_that_cannot_be_used(
 
 def test_tmp_that_cannot_be_written(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/dev/shm")
-    read_only = with_mounts("mount -o bind,ro /tmp /tmp")
+    # With what is mounted below it, which a user namespace may not leave out.
+    read_only = with_mounts("mount --rbind /tmp /tmp && mount -o remount,bind,ro /tmp")
     said = start_and_fail(tiny_repository, *FREE_PORTS, under=read_only)
     assert said.startswith("vit-server: /tmp cannot be written, and Triton's")
 
