@@ -20,15 +20,11 @@ from tests.load import inputs, perf_analyzer
 from tests.load.perf_analyzer import WINDOWS, PerfAnalyzerError
 from tests.load.triton import Address, ServerError, Triton, local_server, machine
 
-from . import report, say
+from . import ScriptError, figures, report, say
 
 HERE = Path(__file__).parent
 CONCURRENCY = 16
 SHARE = 0.8  # of the slowest server's throughput: the load at which latencies are compared
-
-
-class PeerError(Exception):
-    """A part of the comparison failed; why, it has said on standard error."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +71,7 @@ class Bench:
         return {"per_second": found.per_second, "p50": found.p50, "p99": found.p99}
 
     def _run(self, script: str, *arguments: object) -> dict[str, float]:
-        command = [str(self.python), str(HERE / "peers" / script), *map(str, arguments)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
-        if done.returncode != 0:
-            raise PeerError(f"{script} {arguments[0]} failed, see above")
-        figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return figures
+        return figures(self.python, HERE / "peers" / script, *arguments)
 
     @contextlib.contextmanager
     def peer_server(self, script: str, form: str) -> Iterator[Peer]:
@@ -111,7 +102,7 @@ def main() -> int:
     try:
         bench = Bench(args.python, args.model_repository.resolve(), args.seconds, folder)
         rounds, facts = _measure(bench, args.rounds)
-    except (PeerError, PerfAnalyzerError, ServerError) as e:
+    except (ScriptError, PerfAnalyzerError, ServerError) as e:
         print(f"bench: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -21,10 +20,11 @@ import vit_builder
 from vit_builder.model import ViTConfig
 from vit_server import sizing
 
-from bench import say
+from bench import ScriptError, figures, say
 from tests.load import inputs, perf_analyzer
 from tests.load.perf_analyzer import PerfAnalyzerError
 from tests.load.triton import Address, ServerError, Triton, local_server, machine
+from tests.reliability.footprint import name_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -32,6 +32,7 @@ SIDE = 256
 CONCURRENCY = 16
 MEGAPIXELS = (0.25, 2.0, 12.0)
 CORES = (8, 16, 32)
+PLENTY = 1 << 60  # bytes
 # Appended to decode.py: what is left is all that Triton and Python do around the decoding.
 NO_DECODING = """
 
@@ -42,10 +43,6 @@ _GRAY = np.full((256, 256, 3), 128, np.uint8)
 def decode(data, height, width, room, fast_jpeg=False):
     return _GRAY
 """
-
-
-class LoopsError(Exception):
-    """The bare loops failed; why, they have said on standard error."""
 
 
 @dataclass
@@ -64,19 +61,14 @@ class Bench:
         )
         images = triton.counters()["preprocess"].images - images
         used = processor_seconds() - used
-        figures = {name: 1e3 * seconds / images for name, seconds in used.items()}
-        return {**figures, "images/s": found.per_second}
+        core_ms = {name: 1e3 * seconds / images for name, seconds in used.items()}
+        return {**core_ms, "images/s": found.per_second}
 
-    def loops(self, megapixels: float, files: list[Path]) -> dict[str, dict[str, float]]:
+    def loops(self, files: list[Path]) -> dict[str, dict[str, float]]:
         """Figures of loops.py."""
         preprocess = ROOT / "model_repository" / "preprocess" / "1"
         script = Path(__file__).parent / "loops.py"
-        command = [str(self.python), str(script), str(preprocess), str(SIDE), *map(str, files)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
-        if done.returncode != 0:
-            raise LoopsError(f"loops.py failed at {megapixels:g} megapixels, see above")
-        found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return figures(self.python, script, preprocess, SIDE, *files)
 
 
 def processor_seconds() -> Counter[str]:
@@ -84,11 +76,8 @@ def processor_seconds() -> Counter[str]:
     used: Counter[str] = Counter()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            words = process.cmdline()
-            stub = words and words[0].endswith("triton_python_backend_stub")
-            name = Path(words[1]).parent.parent.name if stub else process.name()
             times = process.cpu_times()
-            used[name] += times.user + times.system
+            used[name_of(process)] += times.user + times.system
     return used
 
 
@@ -126,7 +115,7 @@ def measure(bench: Bench, count: int) -> dict[str, Any]:
                 data = files[0].parent / "images.json"
                 with local_server(whole) as address:
                     found["served"][name] = bench.served(address, data)
-                found["loops"][name] = bench.loops(float(name), files)
+                found["loops"][name] = bench.loops(files)
             say(f"round {number + 1} of {count}: without decoding")
             with local_server(around) as address:
                 data = bench.folder / f"{MEGAPIXELS[0]:g} MP" / "images.json"
@@ -137,7 +126,7 @@ def measure(bench: Bench, count: int) -> dict[str, Any]:
 
 def predicted(cores: int, core_ms: float, lock_ms: float) -> tuple[int, float]:
     """Processes, and images a second: the lesser of what the cores and the processes can do."""
-    processes = max(sizing.LEAST, -(-cores // sizing.CORES))
+    processes = sizing.processes(cores, pixels=1, memory=PLENTY, shm=PLENTY)
     return processes, min(cores / core_ms, processes / lock_ms) * 1e3
 
 
@@ -203,7 +192,7 @@ def main() -> int:
     folder.mkdir(parents=True)
     try:
         results = measure(Bench(args.python, args.seconds, folder), args.rounds)
-    except (LoopsError, PerfAnalyzerError, ServerError) as e:
+    except (ScriptError, PerfAnalyzerError, ServerError) as e:
         print(f"bench-host: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -40,7 +40,7 @@ def footprint(pid: int) -> Footprint:
     usages = {}
     for process in family(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
-            name = _name(process)
+            name = name_of(process)
             if name in usages:  # a model may have several
                 name = f"{name} 2"
             usages[name] = Usage(process.memory_full_info().uss / MIB, process.num_fds())
@@ -53,7 +53,7 @@ def family(pid: int) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
-def _name(process: psutil.Process) -> str:
+def name_of(process: psutil.Process) -> str:
     """A model's process is named after its model."""
     words = process.cmdline()
     if words and words[0].endswith("triton_python_backend_stub"):
@@ -71,7 +71,7 @@ def peak(pid: int) -> Iterator[dict[str, float]]:
     for process in family(pid):
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
         (kib,) = (int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-        name = _name(process)
+        name = name_of(process)
         peaks[name] = max(peaks.get(name, 0), kib / 1024)
 
 
