@@ -37,19 +37,6 @@ from ._async import AsyncClient
 from ._bridge import Bridge
 from ._progress import Progress
 from ._settings import ChannelOptions
-from .types import (
-    Analysis,
-    AnswersT,
-    Features,
-    Health,
-    ImageLike,
-    Item,
-    Model,
-    OnError,
-    Prediction,
-    Task,
-)
-
 '''
 
 CLASS_DOC = [
@@ -80,7 +67,14 @@ def generate() -> str:
         doc = doc.replace(old, new)
     body = [ast.Expr(ast.Constant(doc)), *methods]
     client = ast.ClassDef("Client", [], [], body, [])
-    return HEADER + ast.unparse(ast.fix_missing_locations(client)) + "\n"
+    parts = [ast.unparse(_types(tree)), ast.unparse(ast.fix_missing_locations(client))]
+    return HEADER + "\n".join(parts) + "\n"
+
+
+def _types(tree: ast.Module) -> ast.ImportFrom:
+    """`from .types import …`, of which both clients need the same."""
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+    return next(node for node in imports if node.level == 1 and node.module == "types")
 
 
 def _method(node: ast.stmt) -> ast.FunctionDef | None:
