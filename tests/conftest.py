@@ -1,6 +1,7 @@
 """Real servers for the tests: a tiny model for behaviour, the full-size one for numbers."""
 
 import contextlib
+import importlib
 import io
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from tritonclient.utils import np_to_triton_dtype
 TESTS = Path(__file__).parent
 GOLDENS = TESTS / "goldens"
 PHOTOS = TESTS.parent / "photos"
+PREPROCESS = TESTS.parent / "model_repository" / "preprocess" / "1"
 BIN = Path(sys.executable).parent
 Array = npt.NDArray[Any]
 Rows = list[bytes] | Array
@@ -69,6 +72,13 @@ class Server:
             wanted = [InferRequestedOutput(output) for output in outputs] or None
             result = client.infer(model, [tensor], outputs=wanted, client_timeout=120)
         return {out.name: result.as_numpy(out.name) for out in result.get_response().outputs}
+
+
+@pytest.fixture(scope="session")
+def decoding() -> ModuleType:
+    """model_repository/preprocess/1/decode.py."""
+    sys.path.append(str(PREPROCESS))  # as Triton does
+    return importlib.import_module("decode")
 
 
 @contextlib.contextmanager

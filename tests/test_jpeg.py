@@ -1,11 +1,8 @@
 """JPEGs that go past Pillow (preprocess/1/jpeg.py): its pixels and its verdicts all the same."""
 
-import importlib
 import io
 import random
-import sys
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +11,7 @@ import pytest
 from conftest import GOLDENS, PHOTOS
 from PIL import Image
 
-FOLDER = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1"
 SIDE = 32
-
-
-@pytest.fixture(scope="module")
-def decoding() -> ModuleType:
-    sys.path.append(str(FOLDER))  # as Triton does
-    return importlib.import_module("decode")
 
 
 def made(rng: random.Random, photo: Image.Image) -> bytes:

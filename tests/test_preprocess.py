@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import PIL
 import pytest
-from conftest import GOLDENS
+from conftest import GOLDENS, PREPROCESS
 from PIL import Image
 from reliability.poison import resized
 from vit_server import installation
@@ -21,21 +21,11 @@ from vit_server import installation
 PHOTOS = Path(__file__).parent.parent / "photos"
 
 
-FOLDER = Path(__file__).parent.parent / "model_repository" / "preprocess" / "1"
-
-
-@pytest.fixture(scope="module")
-def decoding() -> ModuleType:
-    """model_repository/preprocess/1/decode.py."""
-    sys.path.append(str(FOLDER))  # as Triton does
-    return importlib.import_module("decode")
-
-
 @pytest.fixture(scope="module")
 def preprocess(decoding: ModuleType) -> ModuleType:
     """model_repository/preprocess/1/model.py, beside Triton's own utilities."""
     sys.path.append(str(installation.find().python_backend))
-    spec = importlib.util.spec_from_file_location("preprocess", FOLDER / "model.py")
+    spec = importlib.util.spec_from_file_location("preprocess", PREPROCESS / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

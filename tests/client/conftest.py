@@ -2,12 +2,14 @@
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from tritonclient.grpc import InferenceServerClient
 from vit_client import Client
 
 from .proxy import Proxy, proxying
@@ -37,6 +39,23 @@ def encoded(seed: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels(seed)).save(file, kind)
     return file.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 20 images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for seed in range(20):
+        (folder / f"{seed:02}.png").write_bytes(encoded(seed))
+    return folder
+
+
+def images_seen(url: str, model: str) -> int:
+    """By Triton's own count."""
+    with InferenceServerClient(url) as triton:
+        statistics = triton.get_inference_statistics(model)
+    return int(statistics.model_stats[0].inference_count)
 
 
 @pytest.fixture

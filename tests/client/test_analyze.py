@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tritonclient.grpc import InferenceServerClient
 from vit_client import Analysis, AsyncClient, BadImages, Client, ImageLike, Prediction, _engine
 
-from .conftest import encoded
+from .conftest import encoded, images_seen
 from .proxy import Proxy
 
 Array = npt.NDArray[np.float32]
@@ -108,11 +107,7 @@ def test_it_is_one_pass(
     models = ("preprocess", "vit", "postprocess", "analyze", "everything")
 
     def seen() -> Counter[str]:
-        with InferenceServerClient(url) as triton:
-            found = {name: triton.get_inference_statistics(name) for name in models}
-        return Counter(
-            {name: int(each.model_stats[0].inference_count) for name, each in found.items()}
-        )
+        return Counter({model: images_seen(url, model) for model in models})
 
     before = seen()
     client.analyze(IMAGES, into=into)

@@ -5,33 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tritonclient.grpc import InferenceServerClient
 from vit_client import Analysis, Client, Prediction
 from vit_client.cli import _tables
 from vit_client.cli._embed import describe
 from vit_client.cli._journal import Journal, _stamp
 
-from .conftest import encoded
+from .conftest import encoded, images_seen
 from .test_cli import vit_client
 from .test_cli_files import assert_same_classes, classes_in, need
 
 FORMATS = ["npz", "parquet"]
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for seed in range(20):
-        (folder / f"{seed:02}.png").write_bytes(encoded(seed))
-    return folder
-
-
-def forward_passes(url: str) -> int:
-    """Images that the network has seen."""
-    with InferenceServerClient(url) as triton:
-        statistics = triton.get_inference_statistics("vit")
-    return int(statistics.model_stats[0].inference_count)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -42,9 +25,9 @@ def test_classes_beside_the_vectors(
     paths = sorted(photos.iterdir())
     (photos / "broken.jpg").write_bytes(b"broken")
     output = tmp_path / f"out.{form}"
-    seen = forward_passes(url)
+    seen = images_seen(url, "vit")
     ran = vit_client(url, "embed", photos, "-o", output, "--top-k", 3)
-    assert forward_passes(url) - seen == 20
+    assert images_seen(url, "vit") - seen == 20
     assert ran.stdout == f"{output}: 20 × 64 float32, and the 3 best classes of each\n"
     assert "broken.jpg: " in ran.stderr
     assert ran.returncode == 1
@@ -175,14 +158,14 @@ def test_a_top_k_out_of_range_costs_nothing(
     url: str, client: Client, photos: Path, tmp_path: Path
 ) -> None:
     output, photo = tmp_path / "out.npz", photos / "00.png"
-    seen = forward_passes(url)
+    seen = images_seen(url, "vit")
     ran = vit_client(url, "embed", photo, "-o", output, "-k", 13)
     assert ran.stderr == "vit-client: --top-k must be from 1 to 12, not 13\n"
     assert ran.returncode == 2
     assert list(tmp_path.iterdir()) == [photos]
     leave_behind(output, client, photo, 3)
     assert vit_client(url, "embed", photo, "-o", output, "-k", 13).returncode == 2
-    assert forward_passes(url) == seen
+    assert images_seen(url, "vit") == seen
     ran = vit_client(url, "embed", photo, "-o", output, "-k", 3)  # what was done is still there
     assert "resuming: 1 of 1" in ran.stderr
     assert classes_in(output) == [[Prediction("wrong", 0, 1.0)] * 3]

@@ -23,15 +23,6 @@ DUPLICATES = Path(__file__).parents[2] / "client" / "examples" / "duplicates.py"
 FORMATS = ["npz", "safetensors", "parquet"]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for seed in range(20):
-        (folder / f"{seed:02}.png").write_bytes(encoded(seed))
-    return folder
-
-
 def need(form: str) -> None:
     if form == "parquet":
         pytest.importorskip("pyarrow", exc_type=ImportError)
