@@ -119,7 +119,7 @@ def at_each_batch(repository: Path, folder: Path, *lines: str) -> Path:
     """A copy whose `preprocess` runs these lines before each batch; it has `os` and `time`."""
     changed = copy(repository, folder)
     code = changed / "preprocess" / "1" / "model.py"
-    before = "        self.backlog.wait(len(requests))\n"
+    before = "        self.backlog.wait()\n"
     assert before in code.read_text()
     added = "".join(f"        {line}\n" for line in lines)
     text = code.read_text().replace(before, before + added)

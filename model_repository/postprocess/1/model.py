@@ -13,7 +13,7 @@ class TritonPythonModel:
         # One label a line, by class index. Only "\n" ends a line: labels may hold other breaks.
         labels = path.read_bytes().removesuffix(b"\n").split(b"\n")
         self.labels = np.array(labels, dtype=np.object_)
-        self.pulse = Pulse()
+        self.pulse = Pulse(1)
 
     def execute(self, requests):
         begun = now()

@@ -36,17 +36,18 @@ class TritonPythonModel:
         # Pillow's, about files: there can be 65,000 about one, each kept and written to the log.
         warnings.simplefilter("ignore")
         metrics = os.environ.get("VIT_METRICS", "localhost:8002")
-        self.backlog = Backlog(metrics, config["max_batch_size"])
+        self.backlog = Backlog(metrics, int(parameter["max_waiting_images"]))
         told = parameter.get("threads", "auto")  # a number where vit-server has seen the machine
         self.threads = threads() if told == "auto" else int(told)
         self.pool = ThreadPoolExecutor(self.threads)
         self.pulse = Pulse(self.threads)
 
     def execute(self, requests):
-        self.backlog.wait(len(requests))
+        self.backlog.wait()
         begun = now()
         # Flat: a request may also say that it has the shape [0, 1], and have an image.
         files = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy().flat for r in requests]
+        self.backlog.sent([len(batch) for batch in files])
         results = iter(self.decode_all([data for batch in files for data in batch]))
         answers = [self.answer(list(islice(results, len(batch)))) for batch in files]
         self.pulse.check(begun)
@@ -85,9 +86,10 @@ class TritonPythonModel:
         if bad:
             error = pb_utils.TritonError(shorten(bad), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
-        pixels = np.empty((len(results), self.height, self.width, 3), np.uint8)
-        for row, result in enumerate(results):
-            pixels[row] = result
+        if len(results) == 1:  # most have one, which need not be copied
+            pixels = results[0][np.newaxis]
+        else:
+            pixels = np.array(results, np.uint8).reshape(-1, self.height, self.width, 3)
         return pb_utils.InferenceResponse([pb_utils.Tensor("pixels", pixels)])
 
     def finalize(self):

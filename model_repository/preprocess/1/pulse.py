@@ -51,7 +51,8 @@ class Pulse:
         self.last, self.offset = this, offset
 
     def check(self, begun):
-        self.beat()  # the thread may not have come to see it yet
+        if now() - self.last[0] > self.interval:
+            self.beat()  # the thread has not come to see it yet
         # The request may have waited for longer than it was worked on.
         if self.held_up > begun - 1:
             os.kill(os.getpid(), signal.SIGKILL)
