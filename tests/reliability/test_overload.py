@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,27 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
     assert done["decoded"] <= answered + 48
     assert done["expired"] >= 120 - answered - 48 > 0
     assert done["vit"] <= done["decoded"]
+
+
+@pytest.mark.timeout(600)
+def test_rows_count_not_requests(full_server: Server) -> None:
+    """Requests of a whole batch each: nearly all of them wait before they are decoded."""
+    batch = max_batch_size(full_server.repository)
+    before = settled(full_server)
+
+    images = [SMALL[i % len(SMALL)] for i in range(batch)]
+    most = 0
+    with ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(full_server.infer, "embed", "image", images) for _ in range(16)]
+        while not all(answer.done() for answer in answers):
+            done = {name: count - before[name] for name, count in counters(full_server).items()}
+            most = max(most, done["decoded"] - done["vit"])
+            time.sleep(0.05)
+    for answer in answers:
+        answer.result()
+    print(f"\nat most {most} of {16 * batch} images were decoded and not answered", end="")
+    # A batch is in vit and one before it; each of two processes may have two on their way.
+    assert batch < most <= 6 * batch
 
 
 def settled(server: Server) -> dict[str, int]:

@@ -3,6 +3,8 @@
 import re
 import socket
 import time
+from collections import deque
+from statistics import fmean
 
 import triton_python_backend_utils as pb_utils
 
@@ -16,28 +18,27 @@ class Backlog:
 
     PENDING = re.compile(rb'nv_inference_pending_request_count\{model="vit",[^}]*\} (\d+)')
     REST = 9  # times as long as a look (0.3 ms of a core, here and in Triton) until the next one
-    MEMORY = 10  # batches
 
     def __init__(self, address, limit):
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal():
             raise pb_utils.TritonModelException(f"VIT_METRICS={address} is not HOST:PORT")
         self.address, self.limit = (host.strip("[]"), int(port)), limit
-        self.rows = 1.0  # of a request, in the last batches
+        self.rows = deque([1], maxlen=64)  # of the last requests
         self.room = 0.0  # images that may be sent on before looking again
 
     def wait(self):
         """Return when `vit` wants more."""
         while self.room <= 0:
             begun = time.monotonic()
-            self.room = self.limit - self.pending() * self.rows
+            self.room = self.limit - self.pending() * fmean(self.rows)
             if self.room <= 0:
                 time.sleep(self.REST * (time.monotonic() - begun))
 
     def sent(self, rows):
         """Count the rows of each request of a batch as on their way to `vit`."""
         self.room -= sum(rows)
-        self.rows += (sum(rows) / len(rows) - self.rows) / self.MEMORY
+        self.rows.extend(rows)
 
     def pending(self):
         """Requests. By hand: http.client takes longer over the headers than all else does, and has
