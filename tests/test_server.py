@@ -303,12 +303,23 @@ def cores(*files: tuple[str, str]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("cores", "count", "threads"),
-    [(1, 2, 1), (2, 2, 2), (4, 2, 4), (6, 2, 6), (8, 3, 4), (16, 6, 4), (64, 22, 4)],
+    ("cores", "count", "threads", "naming"),
+    [
+        (1, 2, 1, 1),
+        (2, 2, 2, 1),
+        (4, 2, 4, 1),
+        (6, 2, 6, 1),
+        (8, 3, 4, 1),
+        (16, 6, 4, 2),
+        (64, 22, 4, 8),
+    ],
 )
-def test_processes_and_threads_for_some_cores(cores: int, count: int, threads: int) -> None:
+def test_processes_and_threads_for_some_cores(
+    cores: int, count: int, threads: int, naming: int
+) -> None:
     assert sizing.processes(cores, 110_000_000, memory=1 << 40, shm=1 << 40) == count
     assert sizing.threads(cores, count) == threads
+    assert sizing.naming(count) == naming
 
 
 def test_no_more_processes_than_there_is_memory_for() -> None:
@@ -342,6 +353,18 @@ def test_processes_that_somebody_has_set_stand(
     config = text_format.Parse(file.read_text(), ModelConfig())
     assert [group.count for group in config.instance_group] == [count]
     assert config.parameters["threads"].string_value == threads
+
+
+@pytest.mark.parametrize(("by_hand", "count"), [("count: 1", 2), ("count: 5", 5)])
+def test_postprocess_follows_preprocess_unless_somebody_has_set_it(
+    tiny_repository: Path, tmp_path: Path, by_hand: str, count: int
+) -> None:
+    models = of_small_images(tiny_repository, tmp_path)
+    file = models / "postprocess" / "config.pbtxt"
+    assert "count: 1" in file.read_text()
+    file.write_text(file.read_text().replace("count: 1", by_hand))
+    repository.fit(models, cores=16)
+    assert repository.processes(models, "postprocess") == count
 
 
 def test_repository_that_may_only_be_read(tiny_repository: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def max_request_bytes(repository: Path) -> int:
 
 
 def fit(repository: Path, cores: int) -> None:
-    """Have `preprocess` in as many processes and threads as the cores want.
+    """Have `preprocess` and `postprocess` in as many processes and threads as the cores want.
 
     What somebody has changed stands: the count of processes, or, with a number of threads, both.
     """
@@ -93,6 +93,10 @@ def fit(repository: Path, cores: int) -> None:
     threads = sizing.threads(cores, _processes(config))
     config.parameters["threads"].string_value = str(threads)
     _write(repository, "preprocess", config)
+    naming = _config(repository, "postprocess")
+    if [group.count for group in naming.instance_group] == [1]:
+        naming.instance_group[0].count = sizing.naming(_processes(config))
+        _write(repository, "postprocess", naming)
 
 
 def processes(repository: Path, model: str) -> int:

@@ -1,4 +1,4 @@
-"""How many processes decode images, and on how many threads: as the cores here want it.
+"""How many processes decode images and name classes, on how many threads: as the cores want it.
 
 It costs memory. Each process decodes up to `max_image_pixels` at once, of at most 16 bytes each
 (1.8 GB by default), and takes 0.1 GB idle and a segment of /dev/shm. So a server with many cores
@@ -31,3 +31,11 @@ def processes(cores: int, pixels: int, memory: int, shm: int) -> int:
 def threads(cores: int, processes: int) -> int:
     """In each process: while one is held up, or between two batches, the others have all cores."""
     return math.ceil(cores / max(1, processes - 1))
+
+
+def naming(processes: int) -> int:
+    """Processes of `postprocess`, for so many of `preprocess`.
+
+    Naming 100 classes takes a process 0.19 ms of a core, on one thread: 5,000 images a second.
+    """
+    return math.ceil(processes / 3)
