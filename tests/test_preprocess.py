@@ -40,7 +40,8 @@ def test_resize_is_pillows(decoding: ModuleType) -> None:
         width, height, to_width, to_height = random.integers(1, 400, 4).tolist()
         image = Image.fromarray(random.integers(0, 256, (height, width, 3), np.uint8))
         expected = resized(image, to_height, to_width)
-        np.testing.assert_array_equal(decoding.resize(image, to_height, to_width), expected)
+        for form in (image, np.asarray(image)):
+            np.testing.assert_array_equal(decoding.resize(form, to_height, to_width), expected)
         if int(PIL.__version__.split(".")[0]) >= 13:
             whole = image.resize((to_width, to_height), Image.Resampling.BICUBIC)
             np.testing.assert_array_equal(whole, expected)
