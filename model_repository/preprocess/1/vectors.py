@@ -1,8 +1,8 @@
 """The two inner loops of bicubic.py, in LLVM's vectors.
 
-Written in Python, Numba would keep the sums of the one in memory, and move the bytes of the other
-one by one: twice the time. Nothing here is for one kind of processor: LLVM makes of it what there is.
-Addresses are those of uint8, as `array.ctypes.data` gives them, and steps are in bytes.
+Written in Python, Numba would keep the sums of the one in memory and move the bytes of the other
+one by one: twice the time. Nothing here is for one kind of processor. Addresses are those of uint8,
+as `array.ctypes.data` gives them, and steps are in bytes.
 """
 
 from llvmlite import ir
