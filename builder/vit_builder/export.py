@@ -7,6 +7,7 @@ from .checkpoint import Checkpoint
 from .fused import fuse
 from .model import ViT
 
+CENTRE = 128
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,6 +26,37 @@ class Normalise(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = ((pixels.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         return x.to(self.dtype)
+
+
+class Patches(nn.Module):
+    """Normalising and the patch convolution in one linear layer: uint8 [N, H, W, 3] ->
+    [N, D, patches].
+
+    A convolution whose steps are as wide as its window is a linear layer on patches, and that is a
+    matrix product on any device, without a plan to make for each batch size. Its inputs are pixels
+    less CENTRE, which bf16 has exactly.
+    """
+
+    def __init__(self, conv: nn.Conv2d, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        super().__init__()
+        mean, std = (
+            torch.tensor(values)[:, None, None] * 255
+            for values in (checkpoint.rgb_mean, checkpoint.rgb_std)
+        )
+        weight = conv.get_parameter("weight").detach() / std  # [D, 3, patch, patch]
+        bias = conv.get_parameter("bias").detach() + (weight * (CENTRE - mean)).sum((1, 2, 3))
+        self.size, self.dtype, self.centre = conv.stride[0], dtype, CENTRE
+        linear = nn.Linear(weight[0].numel(), len(weight))
+        linear.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1))  # as pixels lie
+        linear.bias = nn.Parameter(bias)
+        self.linear: nn.Module = linear.to(dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        n, height, width, _ = pixels.shape
+        x = pixels.reshape(n, height // self.size, self.size, width // self.size, 3 * self.size)
+        x = x.transpose(2, 3).reshape(n, -1, 3 * self.size * self.size)
+        out: Tensor = self.linear(x.to(self.dtype) - self.centre).transpose(1, 2)
+        return out
 
 
 class ServedViT(nn.Module):
@@ -68,12 +100,13 @@ def trace(
     It is traced at two images: at one, shapes that depend on the batch could fold into constants.
     """
     network = checkpoint.network()
+    patches = Patches(network.conv_proj, checkpoint, DTYPES[precision])
     if device == "cpu":
-        normalise = Normalise(checkpoint, precision)
-        fuse(network, normalise.mean, normalise.std, DTYPES[precision])
+        fuse(network, patches, DTYPES[precision])
     served = ServedViT(network, checkpoint, precision, top_k, neck_precision).eval()
-    if device == "cpu":
-        served.normalise = nn.Identity()  # it is part of the first layer
+    # The first layer takes the pixels as they are. Traced, it would hold CENTRE as a CPU's tensor.
+    network.conv_proj = torch.jit.script(patches)  # type: ignore[assignment]
+    served.normalise = nn.Identity()
     height, width = checkpoint.config.image_size
     pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
     with torch.inference_mode():

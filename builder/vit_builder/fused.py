@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from .model import Block, ViT
 
-CENTRE = 128
 
-
-def fuse(network: ViT, mean: Tensor, std: Tensor, dtype: torch.dtype) -> None:
+def fuse(network: ViT, patches: nn.Module, dtype: torch.dtype) -> None:
     """Change the network (fp32), in place, to the layers below, with weights in `dtype`.
 
-    It then takes the pixels as they are, uint8 [N, H, W, 3]: `mean` and `std` [3] become part of
-    the first layer. The head stays in fp32.
+    So too `patches`, of which its first layer will be made. The head stays in fp32.
     """
     tokens, eps = network.cfg.num_tokens, network.cfg.norm_eps
-    network.conv_proj = _patches(network.conv_proj, mean, std, dtype, tokens)
+    patches.linear = _packed(patches.get_submodule("linear"), dtype, tokens)
     for block in network.encoder.block:
         assert isinstance(block, Block)
         attn, up, down = block.attn, block.mlp[0], block.mlp[3]
@@ -47,18 +44,6 @@ def _move_weight(norm: nn.Module, linear: nn.Module) -> None:
     linear.weight = nn.Parameter(weight * scale)
 
 
-def _patches(conv: nn.Conv2d, mean: Tensor, std: Tensor, dtype: torch.dtype, rows: int) -> Any:
-    """A convolution whose steps are as wide as its window is a linear layer on patches."""
-    weight = conv.get_parameter("weight").detach() / std[:, None, None]  # [D, 3, patch, patch]
-    bias = conv.get_parameter("bias").detach() + (weight * (CENTRE - mean)[:, None, None]).sum(
-        (1, 2, 3)
-    )
-    linear = nn.Linear(weight[0].numel(), len(weight))
-    linear.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1))  # as pixels lie in memory
-    linear.bias = nn.Parameter(bias)
-    return torch.jit.script(Patches(_packed(linear, dtype, rows), conv.stride[0], dtype))
-
-
 def _rms(eps: float) -> Any:
     return torch.jit.script(RMS(eps))
 
@@ -66,21 +51,6 @@ def _rms(eps: float) -> Any:
 def _packed(linear: nn.Module, dtype: torch.dtype, rows: int, gelu: bool = False) -> Any:
     weight, bias = linear.get_parameter("weight").detach(), linear.get_parameter("bias").detach()
     return torch.jit.script(PackedLinear(weight.to(dtype), bias.to(dtype), rows, gelu))
-
-
-class Patches(nn.Module):
-    """uint8 [N, H, W, 3] -> [N, D, patches], of pixels less CENTRE: bf16 has those exactly."""
-
-    def __init__(self, linear: Any, size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.linear, self.size, self.dtype, self.centre = linear, size, dtype, CENTRE
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        n, height, width, _ = pixels.shape
-        x = pixels.reshape(n, height // self.size, self.size, width // self.size, 3 * self.size)
-        x = x.transpose(2, 3).reshape(n, -1, 3 * self.size * self.size)
-        out: Tensor = self.linear(x.to(self.dtype) - self.centre).transpose(1, 2)
-        return out
 
 
 class RMS(nn.Module):

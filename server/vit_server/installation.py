@@ -138,6 +138,9 @@ def environment(installation: Installation) -> dict[str, str]:
     # Without a limit OpenMP's threads spin while they wait, which collapses when `preprocess`
     # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
     env.setdefault("GOMP_SPINCOUNT", "10000")
+    # On GPUs from Hopper on torch would take cuDNN's attention, which plans for each batch size
+    # anew, in each thread: 64 stalls (sdp_utils.cpp and cudnn/MHA.cpp in torch). Not measured yet.
+    env.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     return env
 
 
