@@ -38,12 +38,21 @@ def test_hpa_asks_for_what_the_adapter_offers() -> None:
     assert asked == {rule["name"]["as"] for rule in adapter()}
 
 
-def test_hpa_and_keda_agree(tmp_path: Path) -> None:
-    hpa = find(rendered.kustomize(FOLDER / "overlays/example"), "HorizontalPodAutoscaler")["spec"]
+# Seconds that a request may wait, and how many wait then: Little's law, at the rates in docker/README.
+THRESHOLDS = {"overlays/cpu": (0.2, 16), "overlays/gpu": (0.05, 256)}
+
+
+@pytest.mark.parametrize("overlay", THRESHOLDS)
+def test_hpa_and_keda_agree(overlay: str, tmp_path: Path) -> None:
+    objects = rendered.composed(tmp_path, overlay, "monitoring", "autoscaling")
+    hpa = find(objects, "HorizontalPodAutoscaler")["spec"]
     targets = [m["pods"]["target"]["averageValue"] for m in hpa["metrics"]]
-    thresholds = [trigger["metadata"]["threshold"] for trigger in keda(tmp_path)]
-    assert [rendered.quantity(t) for t in targets] == [float(t) for t in thresholds]
-    scaled = find(rendered.kustomize(tmp_path), "ScaledObject")["spec"]
+    (tmp_path / "keda").mkdir()
+    objects = rendered.composed(tmp_path / "keda", overlay, "monitoring", "keda")
+    scaled = find(objects, "ScaledObject")["spec"]
+    thresholds = [trigger["metadata"]["threshold"] for trigger in scaled["triggers"]]
+    assert [rendered.quantity(t) for t in targets] == list(THRESHOLDS[overlay])
+    assert [float(t) for t in thresholds] == list(THRESHOLDS[overlay])
     assert scaled["minReplicaCount"] == hpa["minReplicas"]
     assert scaled["maxReplicaCount"] == hpa["maxReplicas"]
     assert scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == hpa["behavior"]

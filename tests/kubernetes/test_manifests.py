@@ -11,7 +11,7 @@ import pytest
 from conftest import BIN, GOLDENS
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
-from vit_server import probe, process
+from vit_server import probe, process, sizing
 
 from . import rendered
 from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
@@ -230,20 +230,22 @@ def test_memory_adds_up(deployed: list[Object], tmp_path: Path) -> None:
     embedded = ("python", "pytorch")  # the embedded server's pytorch is a Python backend too
     python = [c for c in configs if c.backend in (("python",) if on_gpu else embedded)]
     processes = {c.name: max(1, sum(g.count for g in c.instance_group)) for c in python}
+    (preprocess,) = (c for c in configs if c.name == "preprocess")
+    pixels = int(preprocess.parameters["max_image_pixels"].string_value)
+    (shm,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm")
+    size, limits = quantity(shm["sizeLimit"]), container["resources"]["limits"]
+    cores, limit = int(quantity(limits["cpu"])), int(quantity(limits["memory"]))
+    processes["preprocess"] = sizing.processes(cores, pixels, limit, int(size))
+    processes["postprocess"] = sizing.naming(processes["preprocess"])
     batch = max(c.max_batch_size for c in configs)
     photos = (batch - 1) * 0.1e6 + 10e6  # one of 10 MB among the usual ones
     answers = batch * (256 * 256 * 3 + 4 * (19167 + 512 * 257))  # pixels in, all outputs back
-    (shm,) = (v["emptyDir"] for v in pod["volumes"] if v["name"] == "shm")
-    size = quantity(shm["sizeLimit"])
     assert shm["medium"] == "Memory"
     assert size >= sum(processes.values()) * 64 * MIB + photos + answers
     # Each process decodes so many pixels at once, which take up to 16 bytes each (a WebP; a
     # progressive JPEG in CMYK 12, others 4 to 10).
-    (preprocess,) = (c for c in configs if c.name == "preprocess")
-    pixels = int(preprocess.parameters["max_image_pixels"].string_value)
     decoding = processes["preprocess"] * pixels * 16
     measured = 1.3e9  # the embedded server after a load of all tasks, /dev/shm not counted
-    limit = quantity(container["resources"]["limits"]["memory"])
     assert limit >= size + decoding + measured
 
 
