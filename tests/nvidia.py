@@ -90,9 +90,9 @@ def plain_triton(repository: Path, metrics: int | None = None) -> Iterator[Trito
                     segment.unlink()
 
 
-def health(url: str) -> tuple[int, str]:
+def health(url: str, *options: str) -> tuple[int, str]:
     """docker/health.py's exit code and what it said, by a Python that has nothing installed."""
-    command = [sys.executable, "-I", "-S", DOCKER / "health.py", url]
+    command = [sys.executable, "-I", "-S", DOCKER / "health.py", *options, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout + done.stderr
 

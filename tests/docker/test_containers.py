@@ -108,13 +108,15 @@ def test_compose_service(name: str) -> None:
 
 
 def test_health_of_a_healthy_server(tiny_server: Server) -> None:
-    assert health(tiny_server.http_url) == (0, "")
+    for options in ([], ["--live"]):
+        assert health(tiny_server.http_url, *options) == (0, "")
 
 
 def test_health_of_no_server() -> None:
-    code, said = health("http://127.0.0.1:9")
-    assert code == 1
-    assert "Connection refused" in said
+    for options in ([], ["--live"]):
+        code, said = health("http://127.0.0.1:9", *options)
+        assert code == 1
+        assert "Connection refused" in said
 
 
 @pytest.mark.parametrize("dead", ["preprocess", "postprocess"])
@@ -122,9 +124,11 @@ def test_health_sees_a_dead_model_that_triton_does_not(tiny_repository: Path, de
     with plain_triton(tiny_repository) as server:
         assert health(server.http_url) == (0, "")
         server.kill_stub(dead)
-        code, said = health(server.http_url)
-        assert code == 1
-        assert f"Stub process '{dead}_0_" in said
+        # As after a CUDA error that stays: each request is answered with an error, at once.
+        for options in ([], ["--live"]):
+            code, said = health(server.http_url, *options)
+            assert code == 1
+            assert f"Stub process '{dead}_0_" in said
         assert status(f"{server.http_url}/v2/health/ready") == 200
 
 
@@ -259,6 +263,7 @@ def test_health_of_a_busy_server(tiny_repository: Path, tmp_path: Path) -> None:
 def test_health_of_a_hung_server(tiny_repository: Path, tmp_path: Path) -> None:
     with plain_triton(at_each_batch(tiny_repository, tmp_path, "time.sleep(1000)")) as server:
         assert health(server.http_url) == (1, "embed: no answer in 10 s, to anybody\n")
+        assert health(server.http_url, "--live") == (0, "")
 
 
 def test_no_body_ends_it(tiny_repository: Path) -> None:

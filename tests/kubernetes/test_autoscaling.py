@@ -38,7 +38,7 @@ def test_hpa_asks_for_what_the_adapter_offers() -> None:
     assert asked == {rule["name"]["as"] for rule in adapter()}
 
 
-# Seconds that a request may wait, and how many wait then: Little's law, at the rates in docker/README.
+# Seconds that a request may wait, and how many wait then: Little's law, at docker/README's rates.
 THRESHOLDS = {"overlays/cpu": (0.2, 16), "overlays/gpu": (0.05, 256)}
 
 

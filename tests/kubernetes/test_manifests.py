@@ -184,13 +184,16 @@ def test_shutdown_fits_into_the_grace_period(deployed: list[Object]) -> None:
 def test_probes(deployed: list[Object]) -> None:
     _, container = rendered.server(deployed)
     ports = {p["name"]: p["containerPort"] for p in container["ports"]}
-    for name, path in (("startupProbe", "ready"), ("livenessProbe", "live")):
-        if any(a.startswith("--tls") for a in container["args"]):  # HTTP stays on loopback then
-            assert container[name]["exec"]["command"][0] == "python3"
-            continue
-        request = container[name]["httpGet"]
-        assert request["path"] == f"/v2/health/{path}"
-        assert ports.get(request["port"], request["port"]) == 8000
+    startup = container["startupProbe"]
+    if any(a.startswith("--tls") for a in container["args"]):  # HTTP stays on loopback then
+        assert startup["exec"]["command"][0] == "python3"
+    else:
+        assert startup["httpGet"]["path"] == "/v2/health/ready"
+        port = startup["httpGet"]["port"]
+        assert ports.get(port, port) == 8000
+    liveness = container["livenessProbe"]
+    assert liveness["exec"]["command"] == ["python3", "/opt/vit/health.py", "--live"]
+    assert liveness["timeoutSeconds"] > 40  # health.py waits 10 s for each of four answers
     readiness = container["readinessProbe"]
     assert readiness["exec"]["command"] == ["python3", "/opt/vit/health.py"]
     assert readiness["timeoutSeconds"] > 20  # health.py waits 10 s for each of two answers
