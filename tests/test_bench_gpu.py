@@ -81,14 +81,17 @@ def test_served(tmp_path: Path) -> None:
 
 def test_every_setting_reaches_triton(tiny_repository: Path, tmp_path: Path) -> None:
     settings = Settings(2, max_batch_size=128, queue_delay=700, profiling_executor=True)
-    write(tiny_repository, tmp_path / "models", settings)
+    write(tiny_repository, tmp_path / "models", settings, "cuda")
     configs = {
         path.parent.name: text_format.Parse(path.read_text(), ModelConfig())
         for path in tmp_path.glob("models/*/config.pbtxt")
     }
     assert {config.max_batch_size for config in configs.values()} == {128}
     vit = configs["vit"]
-    assert [(group.count, group.kind) for group in vit.instance_group] == [(2, 0)]  # KIND_AUTO
+    (group,) = vit.instance_group
+    assert (group.count, group.kind) == (2, group.KIND_GPU)
+    waiting = configs["preprocess"].parameters["max_waiting_images"].string_value
+    assert waiting == "384"  # a batch for each instance, and one more
     assert vit.dynamic_batching.max_queue_delay_microseconds == 700
     assert vit.parameters["DISABLE_OPTIMIZED_EXECUTION"].string_value == "false"
     assert max(warmup.batch_size for warmup in vit.model_warmup) == 128

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BIN, PHOTOS, Server, at_each_batch, copy, serving, start_and_fail
+import vit_builder
+from conftest import BIN, GOLDENS, PHOTOS, Server, at_each_batch, copy, serving, start_and_fail
 from google.protobuf import text_format
 from ports import free_ports, wait_for
 from processes import (
@@ -365,6 +366,27 @@ def test_postprocess_follows_preprocess_unless_somebody_has_set_it(
     file.write_text(file.read_text().replace("count: 1", by_hand))
     repository.fit(models, cores=16)
     assert repository.processes(models, "postprocess") == count
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_is_built_for_a_gpu_is_not_served_without_one(tmp_path: Path) -> None:
+    """Triton would take the CPU, in fp16, and be ready."""
+    models = tmp_path / "models"
+    settings = vit_builder.Settings("fp16", max_batch_size=64, top_k=12, device="cuda")
+    vit_builder.build(vit_builder.load(GOLDENS / "tiny.pt"), settings, models)
+    vit, preprocess = (
+        text_format.Parse((models / name / "config.pbtxt").read_text(), ModelConfig())
+        for name in ("vit", "preprocess")
+    )
+    (group,) = vit.instance_group
+    assert (group.kind, group.count) == (group.KIND_GPU, 2)
+    # A batch for each instance, and one more.
+    assert preprocess.parameters["max_waiting_images"].string_value == "192"
+    assert re.fullmatch(
+        "vit-server: the model repository is built for a GPU, but (there is no|CUDA) .*"
+        "; for a CPU build it with vit-builder --device cpu",
+        start_and_fail(models, *FREE_PORTS),
+    )
 
 
 def test_repository_that_may_only_be_read(tiny_repository: Path, tmp_path: Path) -> None:

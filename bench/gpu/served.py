@@ -9,8 +9,7 @@ from statistics import median
 from typing import Any
 
 from google.protobuf import text_format
-from tritonclient.grpc import InferenceServerClient
-from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from tests.load import inputs
 from tests.load.perf_analyzer import PerfAnalyzerError
@@ -62,21 +61,12 @@ class Bench:
     def server(self, settings: Settings) -> Iterator[Address]:
         """A server with these settings, on the device that is measured."""
         repository = self.folder / "-".join(map(str, asdict(settings).values()))
-        write(self.built, repository, settings)
+        write(self.built, repository, settings, self.kind)
         try:
             with local_server(repository) as address:
-                self._check(address)
                 yield address
         finally:
             shutil.rmtree(repository, ignore_errors=True)
-
-    def _check(self, address: Address) -> None:
-        """Triton was left to choose the device, as in a repository of the builder."""
-        with InferenceServerClient(address.host) as client:
-            group = client.get_model_config("vit", client_timeout=10).config.instance_group[0]
-        kind = ModelInstanceGroup.Kind.Name(group.kind)
-        if kind != {"cuda": "KIND_GPU", "cpu": "KIND_CPU"}[self.kind]:
-            raise ServerError(f"Triton runs `vit` as {kind}, while torch was told {self.kind}")
 
     def point(self, address: Address, model: str, load: Load) -> Row:
         """One load on one model."""
@@ -97,14 +87,20 @@ class Bench:
         inputs.write_images(self.folder / "images.json", [p.read_bytes() for p in photos])
 
 
-def write(built: Path, folder: Path, settings: Settings) -> None:
+def write(built: Path, folder: Path, settings: Settings, kind: str) -> None:
     """A copy of the repository with these settings, and with the ensemble PIXELS."""
     shutil.copytree(built, folder)
     for path in folder.glob("*/config.pbtxt"):
         config = text_format.Parse(path.read_text(), ModelConfig())
         config.max_batch_size = settings.max_batch_size
+        if config.name == "preprocess":
+            waiting = (settings.instances + 1) * settings.max_batch_size
+            config.parameters["max_waiting_images"].string_value = str(waiting)
         if config.name == "vit":
-            config.instance_group.add().count = settings.instances
+            del config.instance_group[:]
+            group = config.instance_group.add()
+            group.kind = group.KIND_GPU if kind == "cuda" else group.KIND_CPU
+            group.count = settings.instances
             config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay
             flag = "false" if settings.profiling_executor else "true"
             config.parameters["DISABLE_OPTIMIZED_EXECUTION"].string_value = flag

@@ -214,7 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "cpu", "cuda"],
         default="auto",
         help="where it will be served: chooses the layers that are fast there, and the defaults "
-        "below (default: auto, cuda where this machine has it). The file runs on both",
+        "below (default: auto, cuda where this machine has it). What is built for cuda is served "
+        "on a GPU only",
     )
     add(
         "--precision",

@@ -21,9 +21,8 @@ TEMPLATE = Path(__file__).parent / "model_repository"
 REPORT = "build_report.json"
 CONFIG = "config.pbtxt"
 QUEUED_BATCHES = 8  # see preprocess/config.pbtxt
-# For vit, decoded. A CPU's batch takes longer than decoding the next one, up to a second. A GPU is
-# done with one in 5 ms: it needs one for each instance, and one that is there meanwhile.
-WAITING_BATCHES = {"cpu": 1, "cuda": 2}
+# Two streams: one copies while the other computes. Not measured yet.
+GPU_INSTANCES = 2
 MODEL, LABELS = BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")
 
 
@@ -73,7 +72,10 @@ def fill(
             config.parameters["fast_jpeg"].string_value = str(settings.fast_jpeg).lower()
             config.parameters["max_image_pixels"].string_value = str(settings.max_image_pixels)
             config.parameters["max_request_bytes"].string_value = str(settings.max_request_bytes)
-            waiting = WAITING_BATCHES[settings.device] * settings.max_batch_size
+            # A CPU takes up to a second for a batch: the next is decoded meanwhile. A GPU is done
+            # in 5 ms, so it needs one for each instance, and one more.
+            batches = GPU_INSTANCES + 1 if settings.device == "cuda" else 1
+            waiting = batches * settings.max_batch_size
             config.parameters["max_waiting_images"].string_value = str(waiting)
             queue = config.dynamic_batching.default_queue_policy
             queue.max_queue_size = QUEUED_BATCHES * settings.max_batch_size
@@ -93,6 +95,9 @@ def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, s
         warmup.batch_size = min(warmup.batch_size, settings.max_batch_size)
         warmup.inputs["pixels"].dims[:] = config.input[0].dims
     config.model_warmup[-1].batch_size = settings.max_batch_size
+    if settings.device == "cuda":
+        group = config.instance_group.add()
+        group.kind, group.count = group.KIND_GPU, GPU_INSTANCES
     # Triton passes these through; clients read them with the ModelConfig call.
     config.parameters["model_name"].string_value = checkpoint.name
     config.parameters["weights"].string_value = "trained" if checkpoint.trained else "random"

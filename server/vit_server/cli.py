@@ -12,7 +12,7 @@ import ssl
 import sys
 from pathlib import Path
 
-from . import installation, memory, probe, repository, tritonserver
+from . import gpu, installation, memory, probe, repository, tritonserver
 from .http_front import HttpFront
 from .process import STOPS, Crashed, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
@@ -33,7 +33,8 @@ def main() -> None:
         parser.error("TLS needs both --tls-certificate and --tls-key")
     try:
         if not serves:
-            installation.tell_flags(getattr(args, "tritonserver", None))
+            found = installation.find(getattr(args, "tritonserver", None))
+            print(installation.help_text(found), end="")
             return
         sys.exit(_serve_or_tell(args, flags))
     except ServerError as e:
@@ -86,6 +87,8 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
         env = installation.environment(found)
         repository.fit(models, installation.threads(env))
         largest = 0 if warm_up else repository.without_warm_up(models)
+        if repository.for_gpu(models):
+            flags = [*gpu.flags(installation.help_text(found)), *flags]
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         flags = [*tritonserver.log_flags(args.verbose), *flags]
         age = args.grpc_max_connection_age

@@ -144,12 +144,18 @@ def environment(installation: Installation) -> dict[str, str]:
     return env
 
 
-def tell_flags(root: Path | None) -> None:
-    """Print the help of the tritonserver in `root`, as `find` finds it. Raises ServerError."""
-    found = find(root)
+def help_text(installation: Installation) -> str:
+    """tritonserver's own."""
     # 2.51 writes it to standard error, and ends with exit code 1.
-    command = [str(found.binary), "--help"]
-    subprocess.run(command, env=environment(found), stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        [str(installation.binary), "--help"],
+        env=environment(installation),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.stdout
 
 
 def threads(env: dict[str, str]) -> int:

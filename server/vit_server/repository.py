@@ -99,6 +99,12 @@ def fit(repository: Path, cores: int) -> None:
         _write(repository, "postprocess", naming)
 
 
+def for_gpu(repository: Path) -> bool:
+    """Whether the network is to run on a GPU, and nowhere else."""
+    groups = _config(repository, "vit").instance_group
+    return any(group.kind == group.KIND_GPU for group in groups)
+
+
 def processes(repository: Path, model: str) -> int:
     """How many a Python model has, at the least: on several GPUs it may have more."""
     return _processes(_config(repository, model))
