@@ -91,7 +91,7 @@ def test_every_setting_reaches_triton(tiny_repository: Path, tmp_path: Path) -> 
     (group,) = vit.instance_group
     assert (group.count, group.kind) == (2, group.KIND_GPU)
     waiting = configs["preprocess"].parameters["max_waiting_images"].string_value
-    assert waiting == "384"  # a batch for each instance, and one more
+    assert waiting == "128"
     assert vit.dynamic_batching.max_queue_delay_microseconds == 700
     assert vit.parameters["DISABLE_OPTIMIZED_EXECUTION"].string_value == "false"
     assert max(warmup.batch_size for warmup in vit.model_warmup) == 128

@@ -327,7 +327,7 @@ def test_no_more_processes_than_there_is_memory_for() -> None:
     """As on a machine of 64 cores, with the limits of compose.yaml."""
     assert sizing.processes(64, 110_000_000, memory=8 << 30, shm=1 << 40) == 2
     assert sizing.processes(64, 110_000_000, memory=32 << 30, shm=1 << 40) == 9
-    assert sizing.processes(64, 110_000_000, memory=1 << 40, shm=1 << 30) == 8
+    assert sizing.processes(64, 110_000_000, memory=1 << 40, shm=1 << 30) == 5
     assert sizing.processes(64, 110_000_000, memory=1 << 40, shm=64 << 20) == 2
 
 
@@ -380,8 +380,7 @@ def test_what_is_built_for_a_gpu_is_not_served_without_one(tmp_path: Path) -> No
     )
     (group,) = vit.instance_group
     assert (group.kind, group.count) == (group.KIND_GPU, 2)
-    # A batch for each instance, and one more.
-    assert preprocess.parameters["max_waiting_images"].string_value == "192"
+    assert preprocess.parameters["max_waiting_images"].string_value == "64"
     assert re.fullmatch(
         "vit-server: the model repository is built for a GPU, but (there is no|CUDA) .*"
         "; for a CPU build it with vit-builder --device cpu",

@@ -94,8 +94,7 @@ def write(built: Path, folder: Path, settings: Settings, kind: str) -> None:
         config = text_format.Parse(path.read_text(), ModelConfig())
         config.max_batch_size = settings.max_batch_size
         if config.name == "preprocess":
-            waiting = (settings.instances + 1) * settings.max_batch_size
-            config.parameters["max_waiting_images"].string_value = str(waiting)
+            config.parameters["max_waiting_images"].string_value = str(settings.max_batch_size)
         if config.name == "vit":
             del config.instance_group[:]
             group = config.instance_group.add()

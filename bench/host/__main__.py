@@ -157,8 +157,9 @@ def markdown(results: dict[str, Any]) -> str:
     core_ms = sum(of("served", small, part) for part in ("preprocess", "tritonserver"))
     lock_ms = of("around", "preprocess")
     lines += [
-        f"\nAround the decoding, in preprocess: {lock_ms:.2f} core-ms an image. That is all but "
-        "decode(), and the most that can be held under the interpreter's lock.\n",
+        f"\nAround the decoding, in preprocess: {lock_ms:.2f} core-ms an image, that is all but "
+        "decode(). It is taken for what needs the interpreter's lock, though part of it is Triton's "
+        "own, and a few lines of decode() need the lock too.\n",
         f"| cores | processes | predicted images/s of {small} megapixels |",
         "|---:|---:|---:|",
     ]
@@ -166,8 +167,9 @@ def markdown(results: dict[str, Any]) -> str:
         processes, rate = predicted(cores, core_ms, lock_ms)
         lines.append(f"| {cores} | {processes} | {rate:,.0f} |")
     lines += [
-        "\nThe lesser of cores / core-ms and processes / lock-ms: no core waits, and no process's "
-        "Python takes more than one core.\n",
+        "\nThe lesser of cores / core-ms and processes / lock-ms, as if cores did not slow each "
+        "other down; of `preprocess` and tritonserver alone: `classify` has postprocess too, and "
+        "HTTP the process in front of Triton.\n",
         "| decode and resize, on one core | megapixels | ms | of ours | pixels off, mean | most |",
         "|---|---:|---:|---:|---:|---:|",
     ]

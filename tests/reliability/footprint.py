@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,12 @@ class Footprint:
 def footprint(pid: int) -> Footprint:
     """Of the vit-server with that process id."""
     usages = {}
+    seen: Counter[str] = Counter()
     for process in family(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             name = name_of(process)
-            if name in usages:  # a model may have several
-                name = f"{name} 2"
+            seen[name] += 1  # a model may have several
+            name = name if seen[name] == 1 else f"{name} {seen[name]}"
             usages[name] = Usage(process.memory_full_info().uss / MIB, process.num_fds())
     blocks = (file.stat().st_blocks for file in Path("/dev/shm").glob(f"vit_server_{pid}_*"))
     return Footprint(usages, sum(blocks) * 512 / MIB)

@@ -119,8 +119,12 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
 
 @pytest.mark.timeout(600)
 def test_rows_count_not_requests(full_server: Server) -> None:
-    """Requests of a whole batch each: nearly all of them wait before they are decoded."""
+    """Requests of a whole batch each, after many of one image: nearly all of them wait before they
+    are decoded."""
     batch = max_batch_size(full_server.repository)
+    with ThreadPoolExecutor(16) as pool:
+        for _ in range(64):
+            pool.submit(full_server.infer, "embed", "image", SMALL[:1])
     before = settled(full_server)
 
     images = [SMALL[i % len(SMALL)] for i in range(batch)]

@@ -35,8 +35,9 @@ class TritonPythonModel:
         Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which only warns up to twice of it
         # Pillow's, about files: there can be 65,000 about one, each kept and written to the log.
         warnings.simplefilter("ignore")
-        metrics = os.environ.get("VIT_METRICS", "localhost:8002")
-        self.backlog = Backlog(metrics, int(parameter["max_waiting_images"]))
+        metrics = os.environ.get("VIT_METRICS", "127.0.0.1:8002")
+        processes = sum(group["count"] for group in config["instance_group"])
+        self.backlog = Backlog(metrics, int(parameter["max_waiting_images"]), processes)
         told = parameter.get("threads", "auto")  # a number where vit-server has seen the machine
         self.threads = threads() if told == "auto" else int(told)
         self.pool = ThreadPoolExecutor(self.threads)

@@ -51,7 +51,7 @@ class Pulse:
         self.last, self.offset = this, offset
 
     def check(self, begun):
-        if now() - self.last[0] > self.interval:
+        if now() - self.last[0] > self.interval or wall_clock() - self.offset > STEP:
             self.beat()  # the thread has not come to see it yet
         # The request may have waited for longer than it was worked on.
         if self.held_up > begun - 1:
@@ -107,7 +107,7 @@ def sleeps(thread):
 def interval(threads):
     """Seconds between two looks, in which all threads may use a core, and hide as much of a stop.
 
-    The one that `execute` runs in is at work besides.
+    One more than those is Python's own.
     """
     return min(0.1, 0.2 / min(threads + 1, len(os.sched_getaffinity(0))))
 
