@@ -1,12 +1,15 @@
 """The decode function of `preprocess`, outside of Triton: what goldens over gRPC do not reach."""
 
+import contextlib
 import importlib
 import importlib.util
 import io
 import os
+import socket
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -63,6 +66,45 @@ def test_resize_in_pieces(decoding: ModuleType, size: tuple[int, int], pixels: s
     for side in (1, 64, 256):
         expected = resized(image, side, side)
         np.testing.assert_array_equal(decoding.resize(image, side, side), expected)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8002", "[::1]:8002", "triton-0.vit:8002"])
+def test_where_metrics_may_be(preprocess: ModuleType, address: str) -> None:
+    assert preprocess.Backlog(address, 8, 2).address == (address[:-5].strip("[]"), 8002)
+
+
+@pytest.mark.parametrize("address", ["http://localhost:8002", "::1", "localhost", ":8002"])
+def test_where_metrics_cannot_be(preprocess: ModuleType, address: str) -> None:
+    assert not sys.modules[preprocess.Backlog.__module__].ADDRESS.fullmatch(address)
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_metrics_that_do_not_answer_stop_nobody(preprocess: ModuleType, drips: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            with server.accept()[0] as connection, contextlib.suppress(OSError):
+                for _ in range(20 * drips):
+                    connection.sendall(b" ")
+                    time.sleep(0.5)
+                time.sleep(3)
+
+        threading.Thread(target=drip, daemon=True).start()
+        backlog = preprocess.Backlog(f"127.0.0.1:{server.getsockname()[1]}", 8, 2)
+        began = time.monotonic()
+        backlog.wait()
+        assert backlog.room == 8
+        assert time.monotonic() - began < 8  # where it would be for ever, or ten
+
+
+def test_images_that_wait_are_those_of_the_last_requests(preprocess: ModuleType) -> None:
+    backlog = preprocess.Backlog("127.0.0.1:9", 8, 2)
+    backlog.pending = lambda: 3
+    assert backlog.waiting() == 0  # all of other processes
+    backlog.sent([1] * 100)
+    assert backlog.waiting() == 2
+    backlog.sent([16])
+    assert backlog.waiting() == 17
 
 
 def test_messages_have_bounds(preprocess: ModuleType) -> None:

@@ -158,8 +158,8 @@ def markdown(results: dict[str, Any]) -> str:
     lock_ms = of("around", "preprocess")
     lines += [
         f"\nAround the decoding, in preprocess: {lock_ms:.2f} core-ms an image, that is all but "
-        "decode(). It is taken for what needs the interpreter's lock, though part of it is Triton's "
-        "own, and a few lines of decode() need the lock too.\n",
+        "decode(). It is taken for what needs the interpreter's lock, though part of it is "
+        "Triton's own, and a few lines of decode() need the lock too.\n",
         f"| cores | processes | predicted images/s of {small} megapixels |",
         "|---:|---:|---:|",
     ]
