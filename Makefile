@@ -8,7 +8,7 @@
 # make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
 # make bench-host  what feeds a GPU: decoding, resizing and Triton, and bare loops of others: 8 minutes
-# make bench-gpu  the same network on a GPU: bare, and served with settings tried out
+# make bench-gpu  the network on a GPU, bare and served, and the cores that feed it: 8 minutes
 # make clean  remove what all of these have made
 
 .DEFAULT_GOAL := demo

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_builder.export import ServedViT
 
+from bench.gpu import __main__ as program
 from bench.gpu import report
-from bench.gpu.bare import flops, write_out
-from bench.gpu.served import PIXELS, Settings, score, write
+from bench.gpu.bare import VALUES, WAYS, flops
+from bench.gpu.served import PIXELS, write
 from tests.load import perf_analyzer
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,7 @@ def small(output: Path, *parts: str) -> report.Results:
     assert done.returncode == 0, done.stderr
     assert (output / "report.md").read_text() in done.stdout
     results: report.Results = json.loads((output / "results.json").read_text())
+    assert list(results["seconds"]) == list(parts)
     return results
 
 
@@ -46,65 +48,71 @@ def test_without_a_gpu_it_ends_with_a_sentence() -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_bare_and_decoders(tmp_path: Path) -> None:
-    results = small(tmp_path, "bare", "decoders")
-    bare, decoders = results["bare"], results["decoders"]
-    assert bare["missing"] == ["torch.compile (--compile)"]
-    (found,) = bare["rounds"]
-    assert found["copy"] > 0
-    assert all(rate > 0 for rate in found["matrix"].values())
-    assert all(rate > 0 for rates in found["images"].values() for rate in rates.values())
-    assert found["images"].keys() == bare["cosines"].keys()
-    assert min(bare["cosines"].values()) > 0.9999
+def test_all_but_the_server(tmp_path: Path) -> None:
+    results = small(tmp_path, "bare", "agreement", "standin", "cores", "decoders")
+    bare, agreement = results["bare"], results["agreement"]
+    for value in VALUES:
+        assert set(bare[value]["images"]) == set(WAYS)
+        for batches in bare[value]["images"].values():
+            assert all(rate > 0 for rates in batches.values() for rate in rates)
+        assert list(bare[value]["first_ms"]) == ["1", "2", "3", "4"]
+    assert bare["copy"] > 0
+    assert all(rate > 0 for rate in bare["matrix"].values())
     assert "aten::" in (tmp_path / "profile.txt").read_text()
-    assert decoders["differences"]["Pillow, resized by torch"]["mean level"] < 1
+    assert (
+        agreement["measured"]["embedding_min_cosine"] > agreement["limits"]["embedding_min_cosine"]
+    )
+    assert [(e["instances"], e["batch"]) for e in results["standin"]["rates"]] == [(1, 4), (2, 4)]
+    assert all(each["images"] > 0 for each in results["standin"]["rates"])
+    assert all(rate > 0 for rate in results["cores"]["photos"].values())
+    assert results["decoders"]["differences"]["Pillow, resized by torch"]["mean level"] < 1
     text = (tmp_path / "report.md").read_text()
     assert "| served with pixels, of bare | 0.7 | not measured | open |" in text
 
 
-@pytest.mark.timeout(600)  # three servers, one after the other
+def test_a_step_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: program.Bench) -> report.Results:
+        raise RuntimeError("CUDA error: out of memory\nand more lines")
+
+    monkeypatch.setitem(program.STEPS, "bare", fails)
+    tiny = ["--device", "cpu", "--checkpoint", GOLDENS / "tiny.pt", "--output", tmp_path]
+    arguments = map(str, [*tiny, "--parts", "bare", "agreement"])
+    monkeypatch.setattr(sys, "argv", ["bench-gpu", *arguments])
+    assert program.main() == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["failed"] == {"bare": "RuntimeError: CUDA error: out of memory"}
+    assert results["agreement"]["measured"]
+    assert "- bare failed: RuntimeError: CUDA error: out of memory" in capfd.readouterr().out
+
+
+@pytest.mark.timeout(600)  # two servers, one after the other
 def test_served(tmp_path: Path) -> None:
     try:
         perf_analyzer.install()
     except perf_analyzer.PerfAnalyzerError as e:
         pytest.skip(str(e))
-    served = small(tmp_path, "served")["served"]
-    assert [trial["settings"]["instances"] for trial in served["trials"]] == [1, 2]
-    assert all(score(trial["rounds"]) > 0 for trial in served["trials"])
-    (found,) = served["final"]
-    assert found["bare"] > 0
-    for points in found["models"].values():
-        assert all(point["per_second"] > 0 for point in points), points
-    assert found["models"][PIXELS][0]["preprocess"] == 0
-    assert found["models"]["embed"][0]["preprocess"] > 0
+    rows = small(tmp_path, "served")["served"]["rows"]
+    assert [row["instances"] for row in rows] == [1, 1, 2, 2]
+    assert all(row["per_second"] > 0 for row in rows), rows
+    pixels, jpegs = rows[:2]
+    assert (pixels["model"], pixels["preprocess"]) == (PIXELS, 0)
+    assert jpegs["preprocess"] > 0
 
 
-def test_every_setting_reaches_triton(tiny_repository: Path, tmp_path: Path) -> None:
-    settings = Settings(2, max_batch_size=128, queue_delay=700, profiling_executor=True)
-    write(tiny_repository, tmp_path / "models", settings, "cuda")
+@pytest.mark.parametrize(("kind", "number"), [("cuda", 1), ("cpu", 2)])
+def test_instances_reach_triton(
+    tiny_repository: Path, tmp_path: Path, kind: str, number: int
+) -> None:
+    write(tiny_repository, tmp_path / "models", 3, kind)
     configs = {
         path.parent.name: text_format.Parse(path.read_text(), ModelConfig())
         for path in tmp_path.glob("models/*/config.pbtxt")
     }
-    assert {config.max_batch_size for config in configs.values()} == {128}
-    vit = configs["vit"]
-    (group,) = vit.instance_group
-    assert (group.count, group.kind) == (2, group.KIND_GPU)
-    waiting = configs["preprocess"].parameters["max_waiting_images"].string_value
-    assert waiting == "128"
-    assert vit.dynamic_batching.max_queue_delay_microseconds == 700
-    assert vit.parameters["DISABLE_OPTIMIZED_EXECUTION"].string_value == "false"
-    assert max(warmup.batch_size for warmup in vit.model_warmup) == 128
+    (group,) = configs["vit"].instance_group
+    assert (group.count, group.kind) == (3, number)
     assert [tensor.name for tensor in configs[PIXELS].input] == ["pixels"]
-
-
-def test_the_best_load_counts_by_its_median() -> None:
-    def rounds(*rates: list[float]) -> list[list[dict[str, float]]]:
-        return [[{"per_second": rate} for rate in each] for each in rates]
-
-    assert score(rounds([1, 9], [2, 8], [99, 7])) == 8
-    assert score([[{"failed": "why"}]]) == 0  # type: ignore[dict-item]
-    assert score([]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +129,27 @@ def test_operations_are_those_that_torch_counts(served: ServedViT) -> None:
     assert counter.get_total_flops() == 2 * flops(served.network.cfg)
 
 
-def test_written_out_is_the_same_norm() -> None:
-    checkpoint = vit_builder.load(GOLDENS / "tiny.pt")
-    fused, written = (ServedViT(checkpoint.network(), checkpoint, "fp32", 12) for _ in range(2))
-    assert "RMSNorm" not in str(write_out(written))
-    images = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    with torch.no_grad():
-        torch.testing.assert_close(written(images)[1], fused(images)[1], atol=1e-5, rtol=1e-5)
-
-
 def test_goals_are_judged_where_they_hold() -> None:
-    images = {"eager": {"64": 20000.0}, "TorchScript": {"64": 12500.0}}
-    final = [{"bare": 12000.0, "models": {PIXELS: [{"per_second": 6000.0}, {"failed": "why"}]}}]
-    results = {
-        "facts": {"device": "NVIDIA H200, 140 GiB"},
-        "bare": {"rounds": [{"images": images}]},
-        "served": {"final": final},
+    images = {"eager": {"64": [20000.0]}, "TorchScript": {"64": [12500.0, 12400.0, 13000.0]}}
+    rows = [
+        {"model": PIXELS, "per_second": 6250.0},
+        {"model": PIXELS, "failed": "why"},
+        {"model": "embed", "per_second": 4500.0},
+    ]
+    results: report.Results = {
+        "facts": {"device": "NVIDIA H100 80GB HBM3, 79 GiB"},
+        "bare": {"as served": {"images": images}},
+        "standin": {"rates": [{"images": 11000.0}, {"images": 11875.0}]},
+        "cores": {"photos": {"1": 300.0, "16": 5000.0}},
+        "served": {"rows": rows},
     }
-    assert [row[2:] for row in report.goals(results)] == [["12500", "yes"], ["0.5", "no"]]
+    assert [row[2:] for row in report.goals(results)] == [
+        ["12500", "yes"],
+        ["0.95", "yes"],
+        ["0.5", "no"],
+        ["0.9", "yes"],
+    ]
     results["facts"] = {"device": "another"}
-    assert report.goals(results)[0][3] == "not an H200"
+    assert report.goals(results)[0][3] == "neither an H100 nor an H200"
+    del results["bare"]
+    assert [row[3] for row in report.goals(results)] == ["open", "open", "open", "yes"]

@@ -1,13 +1,21 @@
-"""The network alone on the device: pixels are there already, and the answers stay there."""
+"""The network alone on the device: pixels are there already, and the answers stay there.
 
-import io
+torch reads VARIABLE once, so each of its values is measured in a process of its own:
+`python -m bench.gpu.bare JSON` prints what `measure` has found.
+"""
+
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import vit_builder
+from torch import Tensor
 from vit_builder import Checkpoint
 from vit_builder.export import ServedViT
 from vit_builder.model import ViTConfig
@@ -15,152 +23,119 @@ from vit_builder.model import ViTConfig
 from .device import Device
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
-AS_SERVED, PROFILING = "TorchScript", "TorchScript, profiling executor"
-COMPILED = "torch.compile"
-WARM_UP = 5  # runs of each batch size; the profiling executor has its plan after two
+AS_SERVED = "TorchScript"
+# vit-server sets it: else torch prefers cuDNN's attention on GPUs from Hopper on.
+VARIABLE = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+VALUES = {"as served": "1", "attention as torch prefers it": ""}
 
 
-class WrongError(Exception):
-    """Something that was to be measured gives other numbers than the network."""
-
-
-class WrittenOut(nn.Module):
-    """RMSNorm as separate operations, instead of the one that torch has a kernel for."""
-
-    def __init__(self, norm: nn.RMSNorm) -> None:
-        super().__init__()
-        assert norm.eps is not None
-        self.weight, self.eps = norm.weight, norm.eps
-
-    def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
-        y = x.float()
-        return (y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()).to(
-            x.dtype
-        ) * self.weight
+class BareError(Exception):
+    """A process of this module failed; why, it has said on standard error."""
 
 
 @dataclass(frozen=True)
 class Network:
     """What is measured: a checkpoint, and the repository that was built of it."""
 
-    checkpoint: Checkpoint
+    file: Path | None  # the published network with random weights, where there is none
     repository: Path
     precision: str
     top_k: int
 
-    def eager(self, precision: str) -> ServedViT:
-        """The served graph, not traced."""
-        checkpoint = self.checkpoint
-        return ServedViT(checkpoint.network(), checkpoint, precision, self.top_k).eval()
+    def checkpoint(self) -> Checkpoint:
+        return vit_builder.load(self.file) if self.file else vit_builder.random()
 
-    def traced(self, device: Device) -> torch.jit.ScriptModule:
-        """The file that is served."""
-        return _load(self.repository / "vit" / "1" / "model.pt", device)
+    def eager(self, device: Device) -> Run:
+        """The network as it is written, not traced."""
+        checkpoint = self.checkpoint()
+        served = ServedViT(checkpoint.network(), checkpoint, self.precision, self.top_k)
+        return served.eval().to(device.kind)
 
-    def frozen(self, device: Device) -> torch.jit.ScriptModule:
-        """That file with its weights as constants."""
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(self.traced(device))
-        return frozen
+    def model_file(self) -> Path:
+        return self.repository / "vit" / "1" / "model.pt"
 
-    def traced_written_out(self, device: Device) -> torch.jit.ScriptModule:
-        """Like that file, but for the norms."""
-        served = write_out(self.eager(self.precision))
-        height, width = self.checkpoint.config.image_size
-        pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)
-        with torch.inference_mode():
-            traced = torch.jit.trace(served, pixels, check_trace=False)  # type: ignore[no-untyped-call]
-        buffer = io.BytesIO()
-        torch.jit.save(traced, buffer)
-        buffer.seek(0)
-        return _load(buffer, device)
-
-
-def _way(
-    load: Callable[[Network, Device], torch.jit.ScriptModule], *, profiling: bool = False
-) -> Callable[[Network, Device], Run]:
-    def make(network: Network, device: Device) -> Run:
-        module = load(network, device)
+    def traced(self, device: Device) -> Run:
+        """The file that is served, run as Triton runs it."""
+        module = torch.jit.load(self.model_file(), map_location=device.kind)  # type: ignore[no-untyped-call]
+        module.eval()
 
         def run(rows: Tensor) -> tuple[Tensor, ...]:
-            with torch.jit.optimized_execution(profiling):  # type: ignore[attr-defined]
+            with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 found: tuple[Tensor, ...] = module(rows)
             return found
 
         return run
 
-    return make
 
-
-def _compiled(network: Network, device: Device) -> Run:
-    # Each batch size has a graph of its own.
-    torch._dynamo.config.recompile_limit = 64
-    run: Run = torch.compile(network.eager(network.precision).to(device.kind), dynamic=False)
-    return run
-
-
-# Ways to run the same network. Modules are not shared: each keeps plans of its own.
 WAYS: dict[str, Callable[[Network, Device], Run]] = {
-    "eager": lambda network, device: network.eager(network.precision).to(device.kind),
-    "eager, norm written out": lambda network, device: write_out(
-        network.eager(network.precision)
-    ).to(device.kind),
-    AS_SERVED: _way(Network.traced),
-    PROFILING: _way(Network.traced, profiling=True),
-    "TorchScript, frozen": _way(Network.frozen),
-    "TorchScript, frozen, profiling executor": _way(Network.frozen, profiling=True),
-    "TorchScript, norm written out": _way(Network.traced_written_out),
-    "TorchScript, norm written out, profiling executor": _way(
-        Network.traced_written_out, profiling=True
-    ),
-    # A ceiling: Triton's backend cannot load it.
-    COMPILED: _compiled,
+    "eager": Network.eager,
+    AS_SERVED: Network.traced,
 }
 
 
-def warm_up(run: Run, pixels: dict[int, Tensor], device: Device) -> dict[str, float]:
-    """The longest of the first runs of each batch size, in seconds: a server would stall so."""
-    return {
-        str(batch): max(device.seconds(lambda: run(rows), 1) for _ in range(WARM_UP))  # noqa: B023
-        for batch, rows in pixels.items()
+@torch.inference_mode()
+def measure(
+    network: Network,
+    device: Device,
+    batches: Sequence[int],
+    sizes: int,
+    rounds: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """First runs of every batch size up to `sizes`, in ms; then images a second, in turns."""
+    rows = pixels(network.checkpoint().config, max(*batches, sizes), device)
+    runs = {AS_SERVED: network.traced(device)}
+    device.seconds(lambda: runs[AS_SERVED](rows[:1]), 2)  # libraries are loaded here
+    first = {
+        size: 1000 * device.seconds(lambda: runs[AS_SERVED](rows[:size]), 1)  # noqa: B023
+        for size in range(1, sizes + 1)
     }
-
-
-def rates(
-    runs: dict[str, Run], pixels: dict[int, Tensor], device: Device, seconds: float
-) -> dict[str, dict[str, float]]:
-    """Images a second of everything, one round."""
-    return {
-        name: {
-            str(batch): batch * device.per_second(lambda: run(rows), seconds)  # noqa: B023
-            for batch, rows in pixels.items()
-        }
-        for name, run in runs.items()
+    runs |= {name: load(network, device) for name, load in WAYS.items() if name not in runs}
+    images: dict[str, dict[int, list[float]]] = {
+        name: {batch: [] for batch in batches} for name in WAYS
     }
+    for batch in batches:
+        for run in runs.values():
+            device.seconds(lambda: run(rows[:batch]), 3)  # noqa: B023
+    for _ in range(rounds):
+        for name, of in images.items():
+            for batch, rates in of.items():
+                rate = device.per_second(lambda: runs[name](rows[:batch]), seconds)  # noqa: B023
+                rates.append(batch * rate)
+    return {"first_ms": first, "images": images}
 
 
-def cosine(run: Run, photos: Tensor, expected: Tensor) -> float:
-    """Of the embeddings and the expected ones, the worst photo.
-
-    Raises:
-        WrongError: it is another network.
-    """
-    actual = run(photos)[1].cpu()
-    found = float(torch.cosine_similarity(actual.double(), expected.double()).min())
-    if not found > 0.999:
-        raise WrongError(f"this is not the network: its embeddings' cosine is {found:.4f}")
+def in_a_process(value: str, network: Network, device: Device, **settings: Any) -> dict[str, Any]:
+    """`measure`, with that value of VARIABLE. Raises BareError."""
+    given = {
+        **settings,
+        "file": str(network.file or ""),
+        "repository": str(network.repository),
+        "precision": network.precision,
+        "top_k": network.top_k,
+        "kind": device.kind,
+    }
+    env = {name: text for name, text in os.environ.items() if name != VARIABLE}
+    command = [sys.executable, "-m", "bench.gpu.bare", json.dumps(given)]
+    env |= {VARIABLE: value} if value else {}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise BareError("the bare network could not be measured, see above")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def profile(run: Run, pixels: Tensor) -> str:
+@torch.inference_mode()
+def profile(run: Run, rows: Tensor) -> str:
     """Which operations the time goes into."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if pixels.is_cuda:
+    if rows.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        run(pixels)
-        if pixels.is_cuda:
+        run(rows)
+        if rows.is_cuda:
             torch.cuda.synchronize()
-    by = "self_device_time_total" if pixels.is_cuda else "self_cpu_time_total"
+    by = "self_device_time_total" if rows.is_cuda else "self_cpu_time_total"
     table: str = profiler.key_averages().table(sort_by=by, row_limit=25)
     return table
 
@@ -179,24 +154,21 @@ def flops(cfg: ViTConfig) -> int:
     return 2 * (ends + cfg.num_layers * layer)
 
 
-def pixels(cfg: ViTConfig, batches: Sequence[int], device: Device) -> dict[int, Tensor]:
-    """Random ones for each batch size, on the device."""
-    shape = (*cfg.image_size, 3)
-    return {
-        batch: torch.randint(0, 256, (batch, *shape), dtype=torch.uint8, device=device.kind)
-        for batch in batches
-    }
+def pixels(cfg: ViTConfig, batch: int, device: Device) -> Tensor:
+    """Random ones, on the device."""
+    shape = (batch, *cfg.image_size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=device.kind)
 
 
-def write_out(served: ServedViT) -> ServedViT:
-    """Every RMSNorm exchanged for WrittenOut, in place."""
-    for parent in list(served.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.RMSNorm):
-                setattr(parent, name, WrittenOut(child))
-    return served
+def main() -> None:
+    """The process of `in_a_process`."""
+    given = json.loads(sys.argv[1])
+    file = Path(given["file"]) if given["file"] else None
+    repository = Path(given["repository"])
+    network = Network(file, repository, given["precision"], given["top_k"])
+    settings = {name: given[name] for name in ("batches", "sizes", "rounds", "seconds")}
+    print(json.dumps(measure(network, Device(given["kind"]), **settings)))
 
 
-def _load(file: Any, device: Device) -> torch.jit.ScriptModule:
-    module: torch.jit.ScriptModule = torch.jit.load(file, map_location=device.kind)  # type: ignore[no-untyped-call]
-    return module.eval()
+if __name__ == "__main__":
+    main()

@@ -21,16 +21,17 @@ from .bare import Run
 from .device import Device, reason
 
 sys.path.append(str(Path(__file__).parents[2] / "model_repository" / "preprocess" / "1"))
-from bicubic import resize  # type: ignore[import-not-found]
+import decode as preprocess  # type: ignore[import-not-found]
 
 Decode = Callable[[list[bytes]], list[Tensor]]  # whole images, uint8 [3, H, W] on the device
 CORES = len(os.sched_getaffinity(0))
+PIXELS = 110_000_000  # that are decoded at once
 
 
 class Decoders:
     """Those that are installed, each followed by torch's resize on the device.
 
-    They are compared with `preprocess`: Pillow decodes, bicubic.py resizes.
+    They are compared with `preprocess`.
     """
 
     def __init__(self, device: Device, size: tuple[int, int], files: list[bytes]) -> None:
@@ -100,11 +101,10 @@ def by_preprocess(
     files: Sequence[bytes], size: tuple[int, int], apply: Callable[..., Iterable[Any]] = map
 ) -> Tensor:
     """[N, H, W, 3]: what `preprocess` makes of them."""
+    room = preprocess.Room(PIXELS)
 
     def one(data: bytes) -> Any:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return resize(image if image.mode == "RGB" else image.convert("RGB"), *size)
+        return preprocess.decode(data, *size, room)
 
     return torch.from_numpy(np.stack(list(apply(one, files))))
 

@@ -81,6 +81,7 @@ class Device:
     def facts(self) -> dict[str, Any]:
         """What a reader has to know to compare."""
         versions = {"torch": torch.__version__, "CUDA of torch": torch.version.cuda or "none"}
+        versions["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         if self.kind == "cpu":
             return {"device": "the CPU: these figures mean nothing", "host": machine(), **versions}
         properties = torch.cuda.get_device_properties(0)

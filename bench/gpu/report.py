@@ -1,15 +1,18 @@
-"""The figures as tables: medians over the rounds, and what was aimed at."""
+"""The figures as tables, and what was aimed at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
 from ..report import table
-from .served import PIXELS, per_second
+from .bare import AS_SERVED, VALUES
+from .served import PIXELS
 
 Results = dict[str, Any]
-BARE_GOAL = 12_000  # images/s of TorchScript in fp16 on an H200
-SERVED_GOAL = 0.7  # of bare
+BARE_GOAL = 12_000  # images/s of TorchScript in fp16
+STANDIN_GOAL = 0.9  # of bare
+PIXELS_GOAL = 0.7  # of bare
+JPEG_GOAL = 0.8  # of what the cores decode
 TIMES = ("per_second", "p50", "p99", "queue", "preprocess", "vit", "network", "batch")
 
 
@@ -17,102 +20,157 @@ def markdown(results: Results) -> str:
     """All that was measured so far."""
     lines = ["# The network on a GPU", ""]
     lines += [f"- {name}: {fact}" for name, fact in results["facts"].items()]
+    lines += [f"- {step} failed: {why}" for step, why in results.get("failed", {}).items()]
     lines += [
         "",
         "## Goals",
         "",
         *table("| goal | at least | measured | reached |", goals(results)),
     ]
-    for part, section in (("bare", _bare), ("served", _served), ("decoders", _decoders)):
-        lines += section(results[part]) if part in results else []
+    sections = {
+        "bare": _bare,
+        "agreement": _agreement,
+        "standin": _standin,
+        "cores": _cores,
+        "served": _served,
+        "decoders": _decoders,
+    }
+    for step, section in sections.items():
+        lines += section(results[step]) if step in results else []
     return "\n".join(lines) + "\n"
 
 
 def goals(results: Results) -> list[list[str]]:
     """A row each; what was not measured is said to be open."""
-    bare = served = None
+    bare = standin = photos = pixels = jpegs = None
     if "bare" in results:
-        images = _images(results["bare"])
-        bare = max(max(f.values()) for name, f in images.items() if name.startswith("TorchScript"))
+        bare = max(median(rates) for rates in _as_served(results)["images"][AS_SERVED].values())
+    if "standin" in results:
+        standin = max(each["images"] for each in results["standin"]["rates"])
+    if "cores" in results:
+        photos = max(results["cores"]["photos"].values())
     if "served" in results:
-        served = median(
-            max(map(per_second, found["models"][PIXELS])) / found["bare"]
-            for found in results["served"]["final"]
-        )
-    elsewhere = "" if "H200" in results["facts"]["device"] else "not an H200"
+        rows = results["served"]["rows"]
+        pixels = _best(row for row in rows if row["model"] == PIXELS)
+        jpegs = _best(row for row in rows if row["model"] != PIXELS)
+    hopper = any(card in results["facts"]["device"] for card in ("H100", "H200"))
+    elsewhere = "" if hopper else "neither an H100 nor an H200"
     return [
-        ["bare TorchScript fp16 on an H200, images/s", *_verdict(BARE_GOAL, bare, elsewhere)],
-        ["served with pixels, of bare", *_verdict(SERVED_GOAL, served, "")],
+        ["bare TorchScript fp16, images/s", *_verdict(BARE_GOAL, bare, elsewhere)],
+        ["stand-in for the C++ backend, of bare", *_verdict(STANDIN_GOAL, _of(standin, bare))],
+        ["served with pixels, of bare", *_verdict(PIXELS_GOAL, _of(pixels, bare))],
+        ["served with JPEGs, of what the cores decode", *_verdict(JPEG_GOAL, _of(jpegs, photos))],
     ]
 
 
-def _verdict(goal: float, value: float | None, why: str) -> list[str]:
+def _as_served(results: Results) -> Results:
+    found: Results = results["bare"][next(iter(VALUES))]
+    return found
+
+
+def _best(rows: Iterable[Results]) -> float:
+    """Images a second; 0 where all have failed."""
+    return max((float(row.get("per_second", 0)) for row in rows), default=0.0)
+
+
+def _of(value: float | None, whole: float | None) -> float | None:
+    return None if value is None or not whole else value / whole
+
+
+def _verdict(goal: float, value: float | None, why: str = "") -> list[str]:
     if value is None:
         return [f"{goal:g}", "not measured", "open"]
     return [f"{goal:g}", f"{value:.5g}", why or ("yes" if value >= goal else "no")]
 
 
 def _bare(found: Results) -> list[str]:
-    matrix = {size: _median(found, "matrix", size) for size in found["rounds"][0]["matrix"]}
-    copy = median(each["copy"] for each in found["rounds"])
-    top, images = max(matrix.values()), _images(found)
-    batches = list(next(iter(images.values())))
-    rows = []
-    for name, rates in images.items():
-        best = max(rates, key=lambda batch: rates[batch])
-        share = rates[best] * found["flops"] / (top * 1e12)
-        first = max(found["warm_up"][name].values())
-        cells = [f"{rates[batch]:.0f}" for batch in batches]
-        rows.append([name, *cells, f"{share:.1%}", f"{first:.2f}", f"{found['cosines'][name]:.6f}"])
-    rates_of = ", ".join(f"{rate:.0f} at {size}" for size, rate in matrix.items())
+    top = max(found["matrix"].values())
+    rows, stalls = [], []
+    for value in VALUES:
+        of = found[value]
+        for way, rates in of["images"].items():
+            images = {batch: median(each) for batch, each in rates.items()}
+            share = max(images.values()) * found["flops"] / (top * 1e12)
+            cells = [f"{rate:.0f}" for rate in images.values()]
+            rows.append([f"{way}, {value}", *cells, f"{share:.1%}"])
+        first = of["first_ms"]
+        worst = max(first, key=lambda size: first[size])
+        stalls.append(
+            f"{value}: {sum(first.values()):.0f} ms in all, {median(first.values()):.1f} in the "
+            f"median, {first[worst]:.0f} at the most (a batch of {worst})"
+        )
+    batches = " | ".join(next(iter(found[next(iter(VALUES))]["images"].values())))
+    matrix = ", ".join(f"{rate:.0f} at {size}" for size, rate in found["matrix"].items())
     return [
         "",
         "## Bare",
         "",
-        f"Matrix products: {rates_of} TFLOP/s. Copies: {copy:.0f} GB/s, read and written.",
+        f"Matrix products: {matrix} TFLOP/s. Copies: {found['copy']:.0f} GB/s, read and written.",
         "",
-        f"Images/s by batch size, medians of {len(found['rounds'])} rounds. Share: at the best "
-        f"batch, of the best matrix rate, at {found['flops'] / 1e9:.2f} GFLOP an image. First: the "
-        "longest of a batch size's first runs. Cosine: of the embeddings with those of the fp32 "
-        "network on the CPU, the worst photo.",
+        "Images/s by batch size. Share: at the best batch, of the best matrix rate, at "
+        f"{found['flops'] / 1e9:.2f} GFLOP an image.",
         "",
-        *table(f"| | {' | '.join(batches)} | share | first s | cosine |", rows),
-        *_notes(found),
+        *table(f"| | {batches} | share |", rows),
+        "",
+        "The first run of each batch size, one after the other:",
+        "",
+        *(f"- {stall}" for stall in stalls),
+    ]
+
+
+def _agreement(found: Results) -> list[str]:
+    rows = [
+        [name, f"{value:.6g}", f"{found['limits'][name]:g}"]
+        for name, value in found["measured"].items()
+    ]
+    return [
+        "",
+        "## Agreement",
+        "",
+        "model.pt on the device with the fp32 network on the CPU, on photos, and the builder's "
+        "limits (at most for a difference, else at least).",
+        "",
+        *table("| | measured | limit |", rows),
+    ]
+
+
+def _standin(found: Results) -> list[str]:
+    rows = [[str(e["instances"]), str(e["batch"]), f"{e['images']:.0f}"] for e in found["rates"]]
+    return [
+        "",
+        "## Stand-in for the C++ backend",
+        "",
+        "Threads with a module and a stream each: pinned copies in, forward, embeddings out.",
+        "",
+        *table("| instances | batch | images/s |", rows),
+    ]
+
+
+def _cores(found: Results) -> list[str]:
+    rows = [[str(count), f"{rate:.0f}"] for count, rate in found["photos"].items()]
+    return [
+        "",
+        "## What the cores decode",
+        "",
+        "Photos/s by `preprocess`'s decode.py, in as many processes as vit-server would have.",
+        "",
+        *table("| cores | photos/s |", rows),
     ]
 
 
 def _served(found: Results) -> list[str]:
-    trials = []
-    for trial in found["trials"]:
-        settings = trial["settings"]
-        loads = list(zip(*trial["rounds"], strict=True))
-        rates = [f"{same[0]['load']}: {_column(same, 'per_second')}" for same in loads]
-        trials.append(
-            [trial["varied"], *map(str, settings.values()), "; ".join(rates) or "did not start"]
-        )
-    names = " | ".join(found["chosen"])
-    rounds = found["final"]
-    rows = []
-    for model, points in rounds[0]["models"].items():
-        for number, point in enumerate(points):
-            same = [each["models"][model][number] for each in rounds]
-            rows.append([model, point["load"], *(_column(same, key) for key in TIMES)])
+    rows = [
+        [str(row["instances"]), row["model"], row["load"], *(_cell(row, key) for key in TIMES)]
+        for row in found["rows"]
+    ]
     return [
         "",
         "## Served",
         "",
-        f"One setting after the other, each with the best of those before, `{PIXELS}` in images/s:",
+        f"By perf_analyzer; times in ms, as in tests/load. `{PIXELS}` is `embed` without its first "
+        "step, since perf_analyzer asks `vit` itself for all outputs, 0.6 MB an image.",
         "",
-        *table(f"| varied | {names} | images/s |", trials),
-        "",
-        f"Chosen: {', '.join(f'{name} {value}' for name, value in found['chosen'].items())}. With "
-        f"it, beside a bare rate of {median(each['bare'] for each in rounds):.0f} images/s in the "
-        "same minutes (times in ms, as in tests/load):",
-        "",
-        *table(f"| model | load | images/s | {' | '.join(TIMES[1:])} |", rows),
-        "",
-        f"`{PIXELS}` is `embed` without its first step. `vit` itself answers 0.6 MB an image, "
-        "because perf_analyzer asks for all its outputs.",
+        *table(f"| instances | model | load | images/s | {' | '.join(TIMES[1:])} |", rows),
     ]
 
 
@@ -125,6 +183,7 @@ def _decoders(found: Results) -> list[str]:
         ]
         rows.append([name, f"{median(rates):.0f}", *cells, *[""] * (4 - len(cells))])
     names = next(iter(found["differences"].values()))
+    missing = [f"- not measured: {each}" for each in found["missing"]]
     return [
         "",
         "## JPEG decoders",
@@ -132,29 +191,9 @@ def _decoders(found: Results) -> list[str]:
         f"Files to pixels of the network's size, {found['batch']} at a time.",
         "",
         *table(f"| | images/s | {' | '.join(names)} |", rows),
-        *_notes(found),
+        *(["", *missing] if missing else []),
     ]
 
 
-def _notes(found: Results) -> list[str]:
-    return (
-        ["", *(f"- not measured: {each}" for each in found["missing"])] if found["missing"] else []
-    )
-
-
-def _images(found: Results) -> dict[str, dict[str, float]]:
-    first = found["rounds"][0]["images"]
-    return {
-        name: {
-            batch: median(each["images"][name][batch] for each in found["rounds"]) for batch in of
-        }
-        for name, of in first.items()
-    }
-
-
-def _median(found: Results, what: str, key: str) -> float:
-    return float(median(each[what][key] for each in found["rounds"]))
-
-
-def _column(rows: Sequence[Results], key: str) -> str:
-    return f"{median(row[key] for row in rows):.1f}" if all(key in row for row in rows) else "?"
+def _cell(row: Results, key: str) -> str:
+    return f"{row[key]:.1f}" if key in row else "?"

@@ -41,17 +41,22 @@ LIMITS = {
 }
 
 
-def compare(model_file: Path, checkpoint: Checkpoint, top_k: int, max_batch_size: int) -> Agreement:
-    """Reload `model_file` and compare it at batch sizes 1, that of the photos, and the largest."""
+def compare(
+    model_file: Path, checkpoint: Checkpoint, top_k: int, max_batch_size: int, device: str = "cpu"
+) -> Agreement:
+    """Reload `model_file` on `device`, and compare it with the fp32 network on the CPU, at batch sizes
+    1, that of the photos, and the largest.
+    """
     pixels = torch.stack([_pixels(path, checkpoint.config.image_size) for path in PHOTOS])
     reference = ServedViT(checkpoint.network(), checkpoint, "fp32", top_k).eval()
-    module = torch.jit.load(str(model_file), "cpu")  # type: ignore[no-untyped-call]
+    module = torch.jit.load(str(model_file), device)  # type: ignore[no-untyped-call]
     found = []
     with torch.inference_mode():
         expected = reference(pixels)
         for size in sorted({1, min(len(PHOTOS), max_batch_size), max_batch_size}):
             rows = torch.tensor(list(islice(cycle(range(len(PHOTOS))), size)))
-            found.append(_agreement(module(pixels[rows]), [out[rows] for out in expected]))
+            actual = tuple(out.cpu() for out in module(pixels[rows].to(device)))
+            found.append(_agreement(actual, [out[rows] for out in expected]))
     return Agreement(
         **{
             field.name: (max if field.name.endswith("diff") else min)(
