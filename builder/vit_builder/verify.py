@@ -44,8 +44,8 @@ LIMITS = {
 def compare(
     model_file: Path, checkpoint: Checkpoint, top_k: int, max_batch_size: int, device: str = "cpu"
 ) -> Agreement:
-    """Reload `model_file` on `device`, and compare it with the fp32 network on the CPU, at batch sizes
-    1, that of the photos, and the largest.
+    """Reload `model_file` on `device` and compare it with the fp32 network on the CPU, at batch
+    sizes 1, that of the photos, and the largest.
     """
     pixels = torch.stack([_pixels(path, checkpoint.config.image_size) for path in PHOTOS])
     reference = ServedViT(checkpoint.network(), checkpoint, "fp32", top_k).eval()
