@@ -9,6 +9,7 @@
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
 # make bench-host  what feeds a GPU: decoding, resizing and Triton, and bare loops of others: 8 minutes
 # make bench-gpu  the network on a GPU, bare and served, and the cores that feed it: 8 minutes
+# make bench-gpu-kit  all of that in a folder, for a machine with a GPU and without a network
 # make clean  remove what all of these have made
 
 .DEFAULT_GOAL := demo
@@ -21,7 +22,7 @@ INSTALLED_BENCH_HOST := .venv-bench/installed-host
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu bench-host
+.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu bench-gpu-kit bench-host
 
 demo: $(BUILT)
 	$(BIN)/python demo.py
@@ -55,6 +56,9 @@ bench-host: $(INSTALLED_DEV) $(INSTALLED_BENCH_HOST)
 bench-gpu: $(INSTALLED_DEV)
 	$(BIN)/python -m bench.gpu $(ARGS)
 
+bench-gpu-kit: $(INSTALLED_DEV)
+	$(BIN)/python -m bench.gpu.kit $(or $(ARGS),gpu-kit)
+
 soak: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.reliability.soak $(ARGS)
 
@@ -66,7 +70,7 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-bench models my-models sbom embedding.f32 request.json \
+	rm -rf .venv .venv-bench models my-models gpu-kit sbom embedding.f32 request.json \
 		request.bin answer.json triton.binpb
 
 $(INSTALLED): constraints.txt find-python.sh */pyproject.toml

@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_builder.export import ServedViT
 
 from bench.gpu import __main__ as program
-from bench.gpu import report
+from bench.gpu import kit, report
 from bench.gpu.bare import VALUES, WAYS, flops
 from bench.gpu.served import PIXELS, write
 from tests.load import perf_analyzer
@@ -119,6 +119,21 @@ def test_instances_reach_triton(
 def served() -> ServedViT:
     checkpoint = vit_builder.load(GOLDENS / "tiny.pt")
     return ServedViT(checkpoint.network(), checkpoint, "fp32", 12).eval()
+
+
+def test_the_kit_has_what_the_machine_lacks() -> None:
+    names = {requirement.partition("==")[0] for requirement in kit.requirements()}
+    assert {"tritonclient", "grpcio", "protobuf", "aiohttp", "simplejpeg", "safetensors"} <= names
+    assert not names & {*kit.LEFT_OUT, "numpy", "nvidia-pytriton"}
+
+
+@pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="it would run")
+def test_the_kit_is_for_one_python(tmp_path: Path) -> None:
+    script = Path(kit.__file__).with_name("kit_run.py")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("run.py: this kit is for Python 3.12, not 3.1")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_operations_are_those_that_torch_counts(served: ServedViT) -> None:

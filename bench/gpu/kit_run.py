@@ -1,0 +1,58 @@
+"""Measure the network on this machine's GPU: `python3 run.py --output DIR [--device cpu] …`
+
+Beside this file is kit.tar.xz, which is unpacked here first. It takes Python 3.12, which has torch
+with CUDA, Numba and Pillow; nothing is downloaded, and nothing outside of this folder is changed.
+"""
+
+import os
+import sys
+import sysconfig
+import tarfile
+import venv
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = HERE / "environment"
+SITE = ENVIRONMENT / "lib" / "python3.12" / "site-packages"
+DONE = ENVIRONMENT / "unpacked"
+
+
+def main() -> None:
+    if sys.version_info[:2] != (3, 12):
+        sys.exit(f"run.py: this kit is for Python 3.12, not {sys.version.split()[0]}")
+    if missing := [name for name in ("torch", "numba", "PIL") if find_spec(name) is None]:
+        sys.exit(f"run.py: {sys.executable} lacks {', '.join(missing)}")
+    if not DONE.exists():
+        unpack()
+    given = [  # a relative path is one from here
+        str(Path.cwd() / word) if before in ("--output", "--checkpoint") else word
+        for before, word in zip(sys.argv, sys.argv[1:], strict=False)
+    ]
+    os.chdir(ENVIRONMENT / "project")
+    python = str(ENVIRONMENT / "bin" / "python")
+    os.execv(python, [python, "-m", "bench.gpu", *given])
+
+
+def unpack() -> None:
+    print("Unpacking …", file=sys.stderr, flush=True)
+    venv.create(ENVIRONMENT, system_site_packages=True, symlinks=True, clear=True)
+    with tarfile.open(HERE / "kit.tar.xz") as tar:
+        tar.extractall(ENVIRONMENT, filter="data")
+    # Where this Python is of an environment itself, its packages are not the system's.
+    given = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (SITE / "given.pth").write_text("\n".join(sorted(given)) + "\n")
+    for package in distributions(path=[str(SITE)]):
+        for script in package.entry_points.select(group="console_scripts"):
+            file = ENVIRONMENT / "bin" / script.name
+            file.write_text(
+                f"#!{ENVIRONMENT}/bin/python\nimport sys\n"
+                f"from {script.module} import {script.attr}\nsys.exit({script.attr}())\n"
+            )
+            file.chmod(0o755)
+    DONE.touch()
+
+
+if __name__ == "__main__":
+    main()
