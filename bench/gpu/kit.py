@@ -104,7 +104,7 @@ def requirements() -> list[str]:
 
 
 def _copy_triton(site: Path) -> None:
-    """Of the nvidia-pytriton wheel tritonserver, its Python backend with one stub, and libraries."""
+    """Of the nvidia-pytriton wheel: tritonserver, its Python backend, one stub, libraries."""
     spec = find_spec("pytriton")
     assert spec is not None
     assert spec.origin is not None
