@@ -1,7 +1,7 @@
 """All that `python -m bench.gpu` needs, in a folder for a machine with a GPU and without a network.
 
-`python -m bench.gpu.kit FOLDER` writes kit.tar.xz and run.py, for Python 3.12 on x86-64 (Ubuntu 24.04),
-which has torch with CUDA, Numba and Pillow.
+`python -m bench.gpu.kit FOLDER` writes kit.tar.xz and run.py, for Python 3.12 on x86-64 (Ubuntu
+24.04) which has torch with CUDA, Numba and Pillow.
 """
 
 import argparse
