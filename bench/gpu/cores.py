@@ -13,7 +13,6 @@ from vit_server import sizing
 from tests.load import inputs
 
 PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1"
-PLENTY = 1 << 60  # bytes
 
 
 def rates(side: int, seconds: float) -> dict[int, float]:
@@ -24,7 +23,7 @@ def rates(side: int, seconds: float) -> dict[int, float]:
 
 
 def _rate(cores: list[int], side: int, seconds: float) -> float:
-    count = sizing.processes(len(cores), pixels=1, memory=PLENTY, shm=PLENTY)
+    count = sizing.wanted(len(cores))
     threads = sizing.threads(len(cores), count)
     context = multiprocessing.get_context("spawn")
     ready, found = context.Barrier(count), context.Queue()

@@ -32,7 +32,6 @@ SIDE = 256
 CONCURRENCY = 16
 MEGAPIXELS = (0.25, 2.0, 12.0)
 CORES = (8, 16, 32)
-PLENTY = 1 << 60  # bytes
 # Appended to decode.py: what is left is all that Triton and Python do around the decoding.
 NO_DECODING = """
 
@@ -126,7 +125,7 @@ def measure(bench: Bench, count: int) -> dict[str, Any]:
 
 def predicted(cores: int, core_ms: float, lock_ms: float) -> tuple[int, float]:
     """Processes, and images a second: the lesser of what the cores and the processes can do."""
-    processes = sizing.processes(cores, pixels=1, memory=PLENTY, shm=PLENTY)
+    processes = sizing.wanted(cores)
     return processes, min(cores / core_ms, processes / lock_ms) * 1e3
 
 

@@ -16,6 +16,11 @@ CORES = 3
 BYTES_A_PIXEL = 16
 
 
+def wanted(cores: int) -> int:
+    """Processes of `preprocess` that keep the cores busy, where nothing else bounds them."""
+    return max(LEAST, math.ceil(cores / CORES))
+
+
 def processes(cores: int, pixels: int, memory: int, shm: int) -> int:
     """How many there are to be.
 
@@ -26,7 +31,7 @@ def processes(cores: int, pixels: int, memory: int, shm: int) -> int:
             `postprocess` and of an embedded `vit` are there too, and all of them grow.
     """
     room = min(memory // 2 // (BYTES_A_PIXEL * pixels), shm // 3 // SEGMENT)
-    return max(LEAST, min(math.ceil(cores / CORES), room))
+    return max(LEAST, min(wanted(cores), room))
 
 
 def threads(cores: int, processes: int) -> int:
