@@ -13,6 +13,7 @@ After some CUDA errors (an illegal address, ECC) every request fails until the p
 but not an answer that does not come.
 """
 
+import argparse
 import base64
 import contextlib
 import json
@@ -34,7 +35,11 @@ Ev/aAAwDAQACEQMRAD8AX6Owi1cUy22lbwSCNeTn8xVBxxsXggBtYALiR4B4rP8AcKX2LsJ3BWkKRief
 ZoLy5WUlzYj/2Q==
 """)
 # What a busy server says, if anything. To take it away would make the others busier.
-BUSY = ("Exceeds maximum queue size", "Request timeout expired")
+BUSY = (
+    "Exceeds maximum queue size",
+    "Request timeout expired",
+    "too many large requests are in flight",
+)
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -43,9 +48,11 @@ class Unhealthy(Exception):
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    ask_one = live if "--live" in arguments else check
-    url = next((word for word in arguments if word != "--live"), "http://127.0.0.1:8000")
+    parser = argparse.ArgumentParser(description="Ask the server about a photo.")
+    parser.add_argument("--live", action="store_true", help="not well only where errors come back")
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="(%(default)s)")
+    args = parser.parse_args()
+    ask_one, url = live if args.live else check, args.url.rstrip("/")
     try:
         for model in ("embed", "classify"):
             ask_one(url, model)
@@ -77,7 +84,7 @@ def live(url: str, model: str) -> None:
         with direct.open(f"{url}/v2/health/live", timeout=TIMEOUT):
             pass
     except OSError as e:
-        raise Unhealthy(str(e)) from e
+        raise Unhealthy(f"/v2/health/live: {e}") from e
     with contextlib.suppress(OSError):
         ask(url, model)
 

@@ -64,7 +64,7 @@ def test_all_but_the_server(tmp_path: Path) -> None:
     )
     assert [(e["instances"], e["batch"]) for e in results["standin"]["rates"]] == [(1, 4), (2, 4)]
     assert all(each["images"] > 0 for each in results["standin"]["rates"])
-    assert all(rate > 0 for rate in results["cores"]["photos"].values())
+    assert all(each["photos"] > 0 for each in results["cores"]["rates"])
     assert results["decoders"]["differences"]["Pillow, resized by torch"]["mean level"] < 1
     text = (tmp_path / "report.md").read_text()
     assert "| served with pixels, of bare | 0.7 | not measured | open |" in text
@@ -155,7 +155,7 @@ def test_goals_are_judged_where_they_hold() -> None:
         "facts": {"device": "NVIDIA H100 80GB HBM3, 79 GiB"},
         "bare": {"as served": {"images": images}},
         "standin": {"rates": [{"images": 11000.0}, {"images": 11875.0}]},
-        "cores": {"photos": {"1": 300.0, "16": 5000.0}},
+        "cores": {"rates": [{"photos": 300.0}, {"photos": 5000.0}]},
         "served": {"rows": rows},
     }
     assert [row[2:] for row in report.goals(results)] == [

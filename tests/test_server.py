@@ -369,6 +369,13 @@ def test_postprocess_follows_preprocess_unless_somebody_has_set_it(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_torch_that_sees_no_gpu_does_not_stand_in_for_one(tiny_repository: Path) -> None:
+    """As vit-server starts it for a GPU that the driver has, and a torch without CUDA."""
+    said = start_and_fail(tiny_repository, *FREE_PORTS, under=["env", "VIT_DEVICE=cuda"])
+    assert f"built for a GPU, and torch {torch.__version__} sees none" in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_is_built_for_a_gpu_is_not_served_without_one(tmp_path: Path) -> None:
     """Triton would take the CPU, in fp16, and be ready."""
     models = tmp_path / "models"

@@ -19,12 +19,10 @@ from vit_builder import verify
 from vit_builder.export import DTYPES
 
 from tests.load import inputs, perf_analyzer
-from tests.load.perf_analyzer import PerfAnalyzerError
-from tests.load.triton import ServerError
 
 from .. import say
 from . import bare, cores, decoders, report, served, standin
-from .bare import BareError, Network
+from .bare import Network
 from .device import Device, NoGpuError, reason
 from .served import PIXELS, Load
 
@@ -113,7 +111,7 @@ class Bench:
     def cores(self) -> report.Results:
         """What `preprocess` can feed."""
         height, _ = self.network.checkpoint().config.image_size
-        return {"photos": cores.rates(height, max(1.0, self.seconds))}
+        return {"rates": cores.rates(height, max(1.0, self.seconds))}
 
     def served(self) -> report.Results:
         """All of it, by perf_analyzer."""
@@ -151,34 +149,40 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up like Ctrl-C
     # Triton would put instances on every GPU that it sees.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ[bare.VARIABLE] = "1"  # as vit-server sets it; torch has not looked yet
+    folder = args.output or RESULTS / f"{datetime.now():%Y-%m-%d-%H%M%S}-gpu"
     try:
         device = Device(args.device)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="vit-bench-gpu-") as scratch:
-            return _measure(args, device, Path(scratch))
+            return _measure(args, device, folder, Path(scratch))
     except (NoGpuError, vit_builder.CheckpointError) as e:
         print(f"bench-gpu: {e}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError:  # vit-builder has said why
         return 1
+    except OSError as e:
+        print(f"bench-gpu: {folder} cannot be written: {e.strerror or e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
+        print(f"\nInterrupted. What was done by then is in {folder}", file=sys.stderr)
         return 130
 
 
-def _measure(args: argparse.Namespace, device: Device, scratch: Path) -> int:
+def _measure(args: argparse.Namespace, device: Device, folder: Path, scratch: Path) -> int:
     """1 where a step has failed: the others are measured."""
     plan, began = PLANS[device.kind], time.monotonic()
     network = _network(args.checkpoint, plan.precision, scratch)
     bench = Bench(device, plan, network, scratch, args.rounds, args.seconds)
-    folder = args.output or RESULTS / f"{datetime.now():%Y-%m-%d-%H%M%S}-gpu"
-    folder.mkdir(parents=True, exist_ok=True)
     name, weights = network.checkpoint().name, "given" if args.checkpoint else "random"
     facts = {**device.facts(), "network": f"{name} in {plan.precision}, {weights} weights"}
     results: report.Results = {"facts": facts, "failed": {}, "seconds": {}}
+    _write(folder, results)
     for step in [step for step in STEPS if step in args.parts]:
         say(step)
         try:
             results[step] = STEPS[step](bench)
-        except (RuntimeError, BareError, PerfAnalyzerError, ServerError) as e:
+        except Exception as e:  # whatever it is, the other steps are worth having
             results["failed"][step] = reason(e)
             say(f"{step} failed: {reason(e)}")
         results["seconds"][step] = round(time.monotonic() - began)
@@ -220,9 +224,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="(default: the published network with random weights, which cost the same)",
     )
-    add("--parts", nargs="+", choices=list(STEPS), default=STEPS, metavar="PART", help="(all)")
-    add("--rounds", type=int, default=3, help="medians are over these (default: 3)")
-    add("--seconds", type=float, default=1, help="of one window (default: 1)")
+    parts = f"some of {', '.join(STEPS)} (default: all)"
+    add("--parts", nargs="+", choices=list(STEPS), default=STEPS, metavar="PART", help=parts)
+    add("--rounds", type=_positive, default=3, help="medians are over these (default: 3)")
+    add("--seconds", type=_seconds, default=1, help="of one window (default: 1)")
     add("--output", type=Path, metavar="DIR", help="(default: bench/results/DATE-gpu)")
     add(
         "--device",
@@ -231,6 +236,20 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu: to try this script without a GPU, in small; the figures mean nothing",
     )
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return number
 
 
 if __name__ == "__main__":

@@ -2,28 +2,36 @@
 
 import multiprocessing
 import os
+import queue
 import sys
 import threading
 import time
+from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from pathlib import Path
 
-from vit_server import sizing
+from vit_server import installation, sizing
 
 from tests.load import inputs
 
 PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1"
 
 
-def rates(side: int, seconds: float) -> dict[int, float]:
-    """Photos a second by 1, 4, 8 … of the cores, in as many processes as the server would have."""
-    mine = sorted(os.sched_getaffinity(0))
+def rates(side: int, seconds: float) -> list[dict[str, float]]:
+    """Photos a second by 1, 4, 8 … of the cores, in as many processes as they want."""
+    mine = sorted(os.sched_getaffinity(0))[: installation.cores()]
     counts = [count for count in (1, 4, 8, 16, 32, 64) if count < len(mine)]
-    return {count: _rate(mine[:count], side, seconds) for count in [*counts, len(mine)]}
+    return [
+        {
+            "cores": count,
+            "processes": sizing.wanted(count),
+            "photos": _rate(mine[:count], sizing.wanted(count), side, seconds),
+        }
+        for count in [*counts, len(mine)]
+    ]
 
 
-def _rate(cores: list[int], side: int, seconds: float) -> float:
-    count = sizing.wanted(len(cores))
+def _rate(cores: list[int], count: int, side: int, seconds: float) -> float:
     threads = sizing.threads(len(cores), count)
     context = multiprocessing.get_context("spawn")
     ready, found = context.Barrier(count), context.Queue()
@@ -31,12 +39,23 @@ def _rate(cores: list[int], side: int, seconds: float) -> float:
         context.Process(target=_process, args=(cores, threads, side, seconds, ready, found))
         for _ in range(count)
     ]
-    for process in processes:
-        process.start()
-    total: float = sum(found.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return total
+    try:
+        for process in processes:
+            process.start()
+        return sum(_next(found, processes) for _ in processes)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _next(found: "Queue[float]", processes: list[SpawnProcess]) -> float:
+    """What one of them has put there. Raises RuntimeError where one has ended without."""
+    while True:
+        try:
+            return found.get(timeout=1)
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                raise RuntimeError("a process that decodes has ended, see above") from None
 
 
 def _process(

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+from vit_server import installation
 
 from .bare import Run
 from .device import Device, reason
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[2] / "model_repository" / "preprocess
 import decode as preprocess  # type: ignore[import-not-found]
 
 Decode = Callable[[list[bytes]], list[Tensor]]  # whole images, uint8 [3, H, W] on the device
-CORES = len(os.sched_getaffinity(0))
+CORES = installation.cores()
 PIXELS = 110_000_000  # that are decoded at once
 
 

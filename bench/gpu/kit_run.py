@@ -17,6 +17,8 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE / "environment"
 SITE = ENVIRONMENT / "lib" / "python3.12" / "site-packages"
 DONE = ENVIRONMENT / "unpacked"
+KIT = HERE / "kit.tar.xz"
+PATHS = ("--output", "--checkpoint")
 
 
 def main() -> None:
@@ -24,12 +26,16 @@ def main() -> None:
         sys.exit(f"run.py: this kit is for Python 3.12, not {sys.version.split()[0]}")
     if missing := [name for name in ("torch", "numba", "PIL") if find_spec(name) is None]:
         sys.exit(f"run.py: {sys.executable} lacks {', '.join(missing)}")
-    if not DONE.exists():
+    if not DONE.exists() or DONE.read_text() != this_kit():
         unpack()
-    given = [  # a relative path is one from here
-        str(Path.cwd() / word) if before in ("--output", "--checkpoint") else word
-        for before, word in zip(sys.argv, sys.argv[1:], strict=False)
-    ]
+    given: list[str] = []
+    for word in sys.argv[1:]:
+        name, equals, path = word.partition("=")
+        if name in PATHS and equals:
+            given += [name, str(Path.cwd() / path)]
+        else:  # a relative path is one from here
+            given.append(str(Path.cwd() / word) if given[-1:] and given[-1] in PATHS else word)
+    os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
     os.chdir(ENVIRONMENT / "project")
     python = str(ENVIRONMENT / "bin" / "python")
     os.execv(python, [python, "-m", "bench.gpu", *given])
@@ -38,7 +44,7 @@ def main() -> None:
 def unpack() -> None:
     print("Unpacking …", file=sys.stderr, flush=True)
     venv.create(ENVIRONMENT, system_site_packages=True, symlinks=True, clear=True)
-    with tarfile.open(HERE / "kit.tar.xz") as tar:
+    with tarfile.open(KIT) as tar:
         tar.extractall(ENVIRONMENT, filter="data")
     # Where this Python is of an environment itself, its packages are not the system's.
     given = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
@@ -51,7 +57,13 @@ def unpack() -> None:
                 f"from {script.module} import {script.attr}\nsys.exit({script.attr}())\n"
             )
             file.chmod(0o755)
-    DONE.touch()
+    DONE.write_text(this_kit())
+
+
+def this_kit() -> str:
+    """Another one, or the same in another place, is unpacked anew."""
+    status = KIT.stat()
+    return f"{KIT} {status.st_size} {status.st_mtime_ns}"
 
 
 if __name__ == "__main__":

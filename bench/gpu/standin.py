@@ -32,7 +32,8 @@ def rates(
 
 def rate(network: Network, device: Device, instances: int, batch: int, seconds: float) -> float:
     """Images a second."""
-    done, stop, failed = [0] * instances, threading.Event(), []
+    done, stop = [0] * instances, threading.Event()
+    failed: list[Exception] = []
 
     def work(number: int) -> None:
         try:
@@ -40,21 +41,23 @@ def rate(network: Network, device: Device, instances: int, batch: int, seconds: 
             while not stop.is_set():
                 one()
                 done[number] += batch
-        except RuntimeError as error:  # out of memory, most of all
+        except Exception as error:  # out of memory, most of all
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(instances)]
-    for thread in threads:
-        thread.start()
-    while not all(done) and not failed:
-        time.sleep(0.01)
-    time.sleep(SETTLE if device.kind == "cuda" else 0)
-    before, began = sum(done), time.perf_counter()
-    time.sleep(seconds)
-    found = (sum(done) - before) / (time.perf_counter() - began)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        while not all(done) and not failed:
+            time.sleep(0.01)
+        time.sleep(SETTLE if device.kind == "cuda" else 0)
+        before, began = sum(done), time.perf_counter()
+        time.sleep(seconds)
+        found = (sum(done) - before) / (time.perf_counter() - began)
+    finally:  # at Ctrl-C too
+        stop.set()
+        for thread in threads:
+            thread.join()
     if failed:
         raise failed[0]
     return found

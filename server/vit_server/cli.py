@@ -89,6 +89,7 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
         largest = 0 if warm_up else repository.without_warm_up(models)
         if repository.for_gpu(models):
             flags = [*gpu.flags(installation.help_text(found)), *flags]
+            env["VIT_DEVICE"] = "cuda"  # nowhere else, whatever torch says
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         flags = [*tritonserver.log_flags(args.verbose), *flags]
         age = args.grpc_max_connection_age

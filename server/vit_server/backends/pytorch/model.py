@@ -35,6 +35,10 @@ class TritonPythonModel:
             out["name"]: int(out["name"].rpartition("__")[2]) for out in config["output"]
         }
         on_gpu = args["model_instance_kind"] == "GPU" and torch.cuda.is_available()
+        if os.environ.get("VIT_DEVICE") == "cuda" and not on_gpu:
+            raise pb_utils.TritonModelException(
+                f"the model repository is built for a GPU, and torch {torch.__version__} sees none"
+            )
         self.device = (
             torch.device("cuda", int(args["model_instance_device_id"])) if on_gpu else "cpu"
         )
