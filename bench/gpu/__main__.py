@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import vit_builder
 from vit_builder import verify
+from vit_builder.cli import positive
 from vit_builder.export import DTYPES
 
 from tests.load import inputs, perf_analyzer
@@ -80,7 +81,7 @@ class Bench:
 
     def bare(self) -> report.Results:
         """The network in batches, and what the device can do at best."""
-        plan, device, cfg = self.plan, self.device, self.network.checkpoint().config
+        plan, device, cfg = self.plan, self.device, self.network.checkpoint.config
         settings = {"batches": plan.batches, "sizes": plan.sizes, "rounds": self.rounds}
         found: report.Results = {"flops": bare.flops(cfg)}
         for name, value in bare.VALUES.items():
@@ -99,7 +100,7 @@ class Bench:
         """On the device, by the builder's own limits."""
         network = self.network
         found = verify.compare(
-            network.model_file(), network.checkpoint(), network.top_k, 64, self.device.kind
+            network.model_file(), network.checkpoint, network.top_k, 64, self.device.kind
         )
         limits = verify.limits(network.precision, "fp32")
         return {"measured": asdict(found), "limits": asdict(limits)}
@@ -110,7 +111,7 @@ class Bench:
 
     def cores(self) -> report.Results:
         """What `preprocess` can feed."""
-        height, _ = self.network.checkpoint().config.image_size
+        height, _ = self.network.checkpoint.config.image_size
         return {"rates": cores.rates(height, max(1.0, self.seconds))}
 
     def served(self) -> report.Results:
@@ -119,14 +120,14 @@ class Bench:
         bench = served.Bench(
             self.network.repository, self.folder, self.device.kind, self.seconds, binary, say
         )
-        bench.write_inputs(*self.network.checkpoint().config.image_size)
+        bench.write_inputs(*self.network.checkpoint.config.image_size)
         return {"rows": bench.measure(self.plan.instances, self.plan.loads)}
 
     @torch.inference_mode()
     def decoders(self) -> report.Results:
         """Whether a GPU would decode JPEGs faster than this machine's cores, and how well."""
         photos = [path.read_bytes() for path in inputs.photos(inputs.PHOTOS)]
-        size = self.network.checkpoint().config.image_size
+        size = self.network.checkpoint.config.image_size
         batch = max(self.plan.batches) // 4
         measured = decoders.Decoders(self.device, size, photos)
         run = self.network.traced(self.device)
@@ -174,7 +175,7 @@ def _measure(args: argparse.Namespace, device: Device, folder: Path, scratch: Pa
     plan, began = PLANS[device.kind], time.monotonic()
     network = _network(args.checkpoint, plan.precision, scratch)
     bench = Bench(device, plan, network, scratch, args.rounds, args.seconds)
-    name, weights = network.checkpoint().name, "given" if args.checkpoint else "random"
+    name, weights = network.checkpoint.name, "given" if args.checkpoint else "random"
     facts = {**device.facts(), "network": f"{name} in {plan.precision}, {weights} weights"}
     results: report.Results = {"facts": facts, "failed": {}, "seconds": {}}
     _write(folder, results)
@@ -226,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts = f"some of {', '.join(STEPS)} (default: all)"
     add("--parts", nargs="+", choices=list(STEPS), default=STEPS, metavar="PART", help=parts)
-    add("--rounds", type=_positive, default=3, help="medians are over these (default: 3)")
+    add("--rounds", type=positive, default=3, help="medians are over these (default: 3)")
     add("--seconds", type=_seconds, default=1, help="of one window (default: 1)")
     add("--output", type=Path, metavar="DIR", help="(default: bench/results/DATE-gpu)")
     add(
@@ -236,13 +237,6 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu: to try this script without a GPU, in small; the figures mean nothing",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return number
 
 
 def _seconds(text: str) -> float:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,15 @@ class Network:
     precision: str
     top_k: int
 
+    @cached_property
     def checkpoint(self) -> Checkpoint:
+        """Read, or made, once: 48 million random numbers take a second."""
         return vit_builder.load(self.file) if self.file else vit_builder.random()
 
     def eager(self, device: Device) -> Run:
         """The network as it is written, not traced."""
-        checkpoint = self.checkpoint()
-        served = ServedViT(checkpoint.network(), checkpoint, self.precision, self.top_k)
+        network = self.checkpoint.network()
+        served = ServedViT(network, self.checkpoint, self.precision, self.top_k)
         return served.eval().to(device.kind)
 
     def model_file(self) -> Path:
@@ -83,7 +86,7 @@ def measure(
     seconds: float,
 ) -> dict[str, Any]:
     """First runs of every batch size up to `sizes`, in ms; then images a second, in turns."""
-    rows = pixels(network.checkpoint().config, max(*batches, sizes), device)
+    rows = pixels(network.checkpoint.config, max(*batches, sizes), device)
     runs = {AS_SERVED: network.traced(device)}
     device.seconds(lambda: runs[AS_SERVED](rows[:1]), 2)  # libraries are loaded here
     first = {

@@ -67,7 +67,7 @@ def _batch(network: Network, device: Device, batch: int) -> Callable[[], None]:
     """One batch of requests with an image each."""
     cuda = device.kind == "cuda"
     run: Run = network.traced(device)
-    shape = (*network.checkpoint().config.image_size, 3)
+    shape = (*network.checkpoint.config.image_size, 3)
     requests = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(batch)]
     if cuda:
         requests = [request.pin_memory() for request in requests]

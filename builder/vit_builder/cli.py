@@ -156,7 +156,8 @@ def _bf16_is_faster() -> bool:
     return bf16 < 0.8 * fp32  # less is not worth the rounding
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """An argument that is a count."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
@@ -164,13 +165,13 @@ def _positive(text: str) -> int:
 
 
 def _batch_size(text: str) -> int:
-    if (number := _positive(text)) > 1024:
+    if (number := positive(text)) > 1024:
         raise argparse.ArgumentTypeError(f"{text} is over 1024: no GPU is faster with more")
     return number
 
 
 def _request_bytes(text: str) -> int:
-    if (number := _positive(text)) >= 2**31:
+    if (number := positive(text)) >= 2**31:
         raise argparse.ArgumentTypeError(f"{text} is over the 2 GB that gRPC can carry")
     return number
 
@@ -246,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--max-image-pixels",
-        type=_positive,
+        type=positive,
         default=Settings.max_image_pixels,
         metavar="N",
         help="larger images are refused unseen. Decoding takes up to 16 bytes of memory a "
@@ -263,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--top-k",
-        type=_positive,
+        type=positive,
         metavar="K",
         help="classes that `classify` returns (default: 100, or all where there are fewer)",
     )

@@ -72,8 +72,9 @@ def fill(
             config.parameters["fast_jpeg"].string_value = str(settings.fast_jpeg).lower()
             config.parameters["max_image_pixels"].string_value = str(settings.max_image_pixels)
             config.parameters["max_request_bytes"].string_value = str(settings.max_request_bytes)
-            halves = 2 if settings.device == "cuda" else 1  # of a batch, see its config.pbtxt
-            waiting = -(-settings.max_batch_size * halves // 2)
+            # A batch, or half of one: see its config.pbtxt.
+            share = 1 if settings.device == "cuda" else 2
+            waiting = -(-settings.max_batch_size // share)
             config.parameters["max_waiting_images"].string_value = str(waiting)
             queue = config.dynamic_batching.default_queue_policy
             queue.max_queue_size = QUEUED_BATCHES * settings.max_batch_size
