@@ -115,10 +115,16 @@ def copy(repository: Path, folder: Path) -> Path:
     return Path(shutil.copytree(repository, folder / "models"))
 
 
+def built(repository: Path, model: str, name: str = "") -> Path:
+    """The version folder of a model, or a file in it."""
+    (folder,) = (path for path in (repository / model).iterdir() if path.is_dir())
+    return folder / name
+
+
 def at_each_batch(repository: Path, folder: Path, *lines: str) -> Path:
     """A copy whose `preprocess` runs these lines before each batch; it has `os` and `time`."""
     changed = copy(repository, folder)
-    code = changed / "preprocess" / "1" / "model.py"
+    code = built(changed, "preprocess", "model.py")
     before = "        self.backlog.wait()\n"
     assert before in code.read_text()
     added = "".join(f"        {line}\n" for line in lines)

@@ -58,7 +58,7 @@ def model_processes(pid: int, model: str) -> list[int]:
     return [
         below
         for below in descendants(pid)
-        if f"/{model}/1/" in Path(f"/proc/{below}/cmdline").read_text()
+        if re.search(rf"/{model}/\d+/", Path(f"/proc/{below}/cmdline").read_text())
     ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import vit_builder
-from conftest import BIN, GOLDENS, serving
+from conftest import BIN, GOLDENS, built, serving
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_builder import verify
@@ -57,11 +57,13 @@ def test_repository_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
         "weights_sha256": hashlib.sha256((GOLDENS / "tiny.pt").read_bytes()).hexdigest(),
         "precision": "fp32",
         "max_request_bytes": "67108864",
+        "model_version": built(output, "vit").name,
     }
+    assert f"model version {built(output, 'vit').name}" in result.stderr
     report = json.loads((output / "build_report.json").read_text())
     assert report["weights_sha256"] == found["vit"].parameters["weights_sha256"].string_value
     assert report["agreement"]["embedding_min_cosine"] > 0.999999
-    labels = (output / "postprocess" / "1" / "labels.txt").read_text().splitlines()
+    labels = built(output, "postprocess", "labels.txt").read_text().splitlines()
     assert labels == vit_builder.load(GOLDENS / "tiny.pt").labels
     assert list(output.parent.iterdir()) == [output]  # nothing half-built beside it
 
@@ -113,15 +115,20 @@ def test_an_ensemble_runs_and_copies_what_its_answer_needs(
     assert (config.name, config.platform) == (ensemble, "ensemble")
     assert [(tensor.name, list(tensor.dims)) for tensor in config.input] == [("image", [1])]
     assert [tensor.name for tensor in config.output] == outputs
-    assert (tiny_repository / ensemble / "1").is_dir()
+    version = int(built(tiny_repository, ensemble).name)  # never another model's, beside it
     best = {"top_scores": "vit_top_scores", "top_indices": "vit_top_indices"}
     steps = [
-        ("preprocess", {"image": "image"}, {"pixels": "preprocessed_pixels"}),
-        ("vit", {"pixels": "preprocessed_pixels"}, {name: VIT[name] for name in of_vit}),
-        ("postprocess", best, {name: name for name in ("scores", "indices", "labels")}),
+        ("preprocess", version, {"image": "image"}, {"pixels": "preprocessed_pixels"}),
+        ("vit", version, {"pixels": "preprocessed_pixels"}, {name: VIT[name] for name in of_vit}),
+        ("postprocess", version, best, {name: name for name in ("scores", "indices", "labels")}),
     ]
     assert [
-        (step.model_name, dict(step.input_map), dict(step.output_map))
+        (
+            step.model_name,
+            step.model_version,
+            dict(step.input_map),
+            dict(step.output_map),
+        )
         for step in config.ensemble_scheduling.step
     ] == steps[: 3 if "labels" in outputs else 2]
 
@@ -230,7 +237,7 @@ def test_what_a_killed_build_left_is_cleared(tmp_path: Path) -> None:
 def test_repository_is_exchanged_whole(tmp_path: Path) -> None:
     output = tmp_path / "m"
     assert builder(*TINY, "--output", output, "--precision", "fp32").returncode == 0
-    with (output / "vit" / "1" / "model.pt").open("rb") as held:  # as a running server would
+    with built(output, "vit", "model.pt").open("rb") as held:  # as a running server would
         assert builder(*TINY, "--output", output, "--precision", "bf16").returncode == 0
         assert len(held.read()) > 600_000  # still the fp32 file
     assert json.loads((output / "build_report.json").read_text())["precision"] == "bf16"
@@ -270,7 +277,7 @@ def test_interrupted_build_leaves_nothing(number: signal.Signals, tmp_path: Path
 
 def test_no_device_is_baked_in(tiny_repository: Path) -> None:
     """The traced file can be loaded on any device: here on `meta`, which has no memory."""
-    module = torch.jit.load(tiny_repository / "vit" / "1" / "model.pt", map_location="meta")
+    module = torch.jit.load(built(tiny_repository, "vit", "model.pt"), map_location="meta")
     assert {tensor.device.type for tensor in module.state_dict().values()} == {"meta"}
     assert not re.search(r'Device = prim::Constant\[value="cuda', str(module.inlined_graph))
     # It also runs there: what is made for a CPU is left out.

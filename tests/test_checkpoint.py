@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import vit_builder
-from conftest import GOLDENS
+from conftest import GOLDENS, built
 from safetensors.torch import save_file
 from vit_builder.model import ViTConfig
 
@@ -214,7 +214,7 @@ def test_a_torchscript_archive_is_told_shortly(tiny_repository: Path) -> None:
         vit_builder.CheckpointError,
         match=r"model\.pt is cut short or damaged, or is no checkpoint$",
     ):
-        vit_builder.load(tiny_repository / "vit" / "1" / "model.pt")
+        vit_builder.load(built(tiny_repository, "vit", "model.pt"))
 
 
 class Malicious:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import vit_builder
-from conftest import GOLDENS, Server, golden_image, png, serving
+from conftest import GOLDENS, Server, built, golden_image, png, serving
 from safetensors.numpy import load_file
 from vit_builder.export import ServedViT, trace
 
@@ -37,7 +37,7 @@ def test_network_gives_birders_numbers(file: str) -> None:
 @pytest.mark.parametrize("layout", ["full-expected", "full-expected-legacy"])
 def test_traced_full_model_gives_birders_numbers(full_repository: Path, layout: str) -> None:
     golden = load_file(GOLDENS / f"{layout}.safetensors")
-    module = torch.jit.load(full_repository / "vit" / "1" / "model.pt")
+    module = torch.jit.load(built(full_repository, "vit", "model.pt"))
     with torch.inference_mode():
         outputs = module(torch.from_numpy(np.stack([PIXELS[photo] for photo in PHOTOS])))
     for output, (name, tolerance) in zip(outputs, TOLERANCES.items(), strict=False):

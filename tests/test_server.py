@@ -19,7 +19,17 @@ from typing import Any
 import pytest
 import torch
 import vit_builder
-from conftest import BIN, GOLDENS, PHOTOS, Server, at_each_batch, copy, serving, start_and_fail
+from conftest import (
+    BIN,
+    GOLDENS,
+    PHOTOS,
+    Server,
+    at_each_batch,
+    built,
+    copy,
+    serving,
+    start_and_fail,
+)
 from google.protobuf import text_format
 from ports import free_ports, wait_for
 from processes import (
@@ -145,7 +155,7 @@ def test_wrong_arguments(tiny_repository: Path, arguments: tuple[str, ...], sent
 
 def test_no_repository(tmp_path: Path) -> None:
     assert "no such model repository" in start_and_fail(tmp_path / "nothing")
-    assert "no vit/1/model.pt; vit-builder fills it in" in start_and_fail(
+    assert "no build_report.json; vit-builder fills it in" in start_and_fail(
         PHOTOS.parent / "model_repository"
     )
 
@@ -159,12 +169,12 @@ def seal(repository: Path) -> None:
 
 
 def spoil_model(repository: Path) -> None:
-    (repository / "vit" / "1" / "model.pt").write_bytes(b"PK\x03\x04 cut short")
+    built(repository, "vit", "model.pt").write_bytes(b"PK\x03\x04 cut short")
     seal(repository)
 
 
 def spoil_labels(repository: Path) -> None:
-    (repository / "postprocess" / "1" / "labels.txt").write_text("only one\n")
+    built(repository, "postprocess", "labels.txt").write_text("only one\n")
     seal(repository)
 
 
@@ -178,7 +188,7 @@ def spoil_own_config(repository: Path) -> None:
 
 
 def spoil_code(repository: Path) -> None:
-    (repository / "preprocess" / "1" / "model.py").write_text("import antigravity_two")
+    built(repository, "preprocess", "model.py").write_text("import antigravity_two")
 
 
 def spoil_output(repository: Path) -> None:
@@ -191,7 +201,7 @@ def spoil_output(repository: Path) -> None:
 
 def spoil_folder(repository: Path) -> None:
     """Git and zip drop empty folders."""
-    shutil.rmtree(repository / "embed" / "1")
+    shutil.rmtree(built(repository, "embed"))
 
 
 def spoil_shape(repository: Path) -> None:
@@ -207,7 +217,7 @@ def spoil_shape(repository: Path) -> None:
         (spoil_config, "'embed' failed to load: .* proto from {repository}/embed/config.pbtxt"),
         (spoil_own_config, "vit-server: {repository}/preprocess/config.pbtxt: 1:17 "),
         (spoil_code, "the model 'preprocess' failed to load: .*antigravity_two"),
-        (spoil_folder, "no embed/1; build it again with vit-builder$"),
+        (spoil_folder, r"no embed/\d+; build it again with vit-builder$"),
         (spoil_shape, "in ensemble .*inconsistent shape"),
         (spoil_output, "the network failed: tuple index out of range$"),
     ],
@@ -240,7 +250,7 @@ def test_warm_up_that_fails(
 ) -> None:
     """It ends Triton by a signal, while other models still load, and mostly without a word."""
     repository = copy(tiny_repository, tmp_path)
-    path = str(repository / "vit" / "1" / "model.pt")
+    path = str(built(repository, "vit", "model.pt"))
     torch.jit.save(torch.jit.script(OneAtATime(torch.jit.load(path))), path)
     seal(repository)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # with more a batch is split
@@ -462,7 +472,7 @@ def test_tmp_that_cannot_be_written(tiny_repository: Path, monkeypatch: pytest.M
 
 def test_repository_that_cannot_be_read(tiny_repository: Path, tmp_path: Path) -> None:
     repository = copy(tiny_repository, tmp_path)
-    for part in (repository / "vit" / "1" / "model.pt", repository / "vit", repository):
+    for part in (built(repository, "vit", "model.pt"), repository / "vit", repository):
         part.chmod(0)
         said = start_and_fail(repository, *FREE_PORTS, under=WITHOUT_OVERRIDES)
         assert "Permission denied" in said

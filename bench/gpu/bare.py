@@ -20,6 +20,7 @@ from torch import Tensor
 from vit_builder import Checkpoint
 from vit_builder.export import ServedViT
 from vit_builder.model import ViTConfig
+from vit_builder.repository import model_file
 
 from .device import Device
 
@@ -55,7 +56,7 @@ class Network:
         return served.eval().to(device.kind)
 
     def model_file(self) -> Path:
-        return self.repository / "vit" / "1" / "model.pt"
+        return model_file(self.repository)
 
     def traced(self, device: Device) -> Run:
         """The file that is served, run as Triton runs it."""

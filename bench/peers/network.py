@@ -14,6 +14,7 @@ import vit_builder
 from PIL import Image
 from vit_builder.export import ServedViT
 from vit_builder.model import ViTConfig
+from vit_builder.repository import model_file
 
 Pixels = npt.NDArray[np.uint8]
 CORES = len(os.sched_getaffinity(0))
@@ -25,7 +26,7 @@ class Served:
 
     def __init__(self, repository: Path) -> None:
         self.size = sizes(repository).image_size
-        self.module = torch.jit.load(str(repository / "vit" / "1" / "model.pt")).eval()  # type: ignore[no-untyped-call]
+        self.module = torch.jit.load(str(model_file(repository))).eval()  # type: ignore[no-untyped-call]
         for batch in (1, 2, 4, 8, MAX_BATCH):  # the first runs are slow
             self.embed([np.zeros((*self.size, 3), np.uint8)] * batch)
 

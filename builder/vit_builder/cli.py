@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, export, hub, repository, verify
+from . import checkpoint, export, hub, identity, repository, verify
 from .checkpoint import Checkpoint
 from .repository import Settings
 
@@ -34,15 +34,16 @@ def build(
         RepositoryError, VerificationError: the message says what is wrong.
     """
     with repository.replacing(output) as folder:
-        say(f"Tracing {model.name} in {settings.precision} …")
+        number = identity.version(model, settings)
+        say(f"Tracing {model.name} in {settings.precision} (model version {number}) …")
         traced = export.trace(
             model, settings.precision, settings.top_k, settings.device, settings.neck_precision
         )
-        repository.fill(folder, model, traced, settings, sha256)
+        repository.fill(folder, model, traced, settings, sha256, number)
         say(
             f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …"
         )
-        file = folder / repository.MODEL
+        file = repository.model_file(folder)
         agreement = verify.compare(file, model, settings.top_k, settings.max_batch_size)
         limits = verify.limits(settings.precision, settings.neck_precision)
         print(verify.table(agreement, limits, settings.precision), flush=True)
@@ -51,8 +52,9 @@ def build(
             "model": model.name,
             "weights": "trained" if model.trained else "random",
             "weights_sha256": sha256,
+            "model_version": number,
             # Of the files that only make sense together: vit-server compares.
-            "sha256": {name: hub.file_sha256(folder / name) for name in repository.BUILT},
+            "sha256": {name: hub.file_sha256(folder / name) for name in repository.built(number)},
             "network": asdict(model.config),
             **asdict(settings),
             "agreement": asdict(agreement),

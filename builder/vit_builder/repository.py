@@ -23,7 +23,7 @@ CONFIG = "config.pbtxt"
 QUEUED_BATCHES = 8  # see preprocess/config.pbtxt
 # Two streams: one copies while the other computes. Not measured yet.
 GPU_INSTANCES = 2
-MODEL, LABELS = BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")
+IN_TEMPLATE = "1"  # version folders
 
 
 class RepositoryError(Exception):
@@ -50,8 +50,9 @@ def fill(
     traced: torch.jit.ScriptModule,
     settings: Settings,
     sha256: str,
+    version: int,
 ) -> None:
-    """Write the whole repository into `folder`, which is empty."""
+    """Write the whole repository into `folder`, which is empty. All models get the same version."""
     # With .gitkeep: an ensemble's version folder is empty, but has to survive git and zip.
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(TEMPLATE, folder, ignore=ignore, dirs_exist_ok=True)
@@ -80,13 +81,30 @@ def fill(
             queue.max_queue_size = QUEUED_BATCHES * settings.max_batch_size
         if config.name == "vit":
             _fill_vit(config, checkpoint, settings, sha256)
+            # For a client that has the config: its metadata may come from another server.
+            config.parameters["model_version"].string_value = str(version)
+        for step in config.ensemble_scheduling.step:
+            step.model_version = version
+        (path.parent / IN_TEMPLATE).rename(path.parent / str(version))
         path.write_text(text_format.MessageToString(config))
     # Through memory: on a full disk torch's own writer aborts the process.
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
-    (folder / MODEL).write_bytes(buffer.getbuffer())
+    model, names = (folder / file for file in built(version))
+    model.write_bytes(buffer.getbuffer())
     labels = "".join(" ".join(label.split("\n")) + "\n" for label in checkpoint.labels)
-    (folder / LABELS).write_text(labels, "utf-8", newline="\n")
+    names.write_text(labels, "utf-8", newline="\n")
+
+
+def built(version: int) -> tuple[str, str]:
+    """The files that only make sense together: the network, and the names of its classes."""
+    return f"vit/{version}/model.pt", f"postprocess/{version}/labels.txt"
+
+
+def model_file(repository: Path) -> Path:
+    """The network of a repository that `fill` wrote."""
+    (file,) = repository.glob("vit/*/model.pt")
+    return file
 
 
 def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, sha256: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -21,7 +22,6 @@ from .tritonserver import ServerError
 MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
 REPORT = "build_report.json"
 AUTO = "auto"  # how many threads, in preprocess/config.pbtxt
-BUILT = ("vit/1/model.pt", "postprocess/1/labels.txt")  # with their digests in the report
 
 
 def check(repository: Path) -> None:
@@ -35,13 +35,20 @@ def check(repository: Path) -> None:
 def _check(repository: Path) -> None:
     if not repository.is_dir():
         raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
-    wanted = (*BUILT, REPORT, *(f"{model}/config.pbtxt" for model in MODELS))
-    missing = [name for name in wanted if not (repository / name).is_file()]
-    # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
-    missing += [f"{model}/1" for model in MODELS if not (repository / model / "1").is_dir()]
+    missing = [] if (repository / REPORT).is_file() else [REPORT]
+    built = [REPORT]
+    if not missing:
+        version = _report(repository, repository)["model_version"]
+        built += _built(version)
+        wanted = (*built, *(f"{model}/config.pbtxt" for model in MODELS))
+        missing += [name for name in wanted if not (repository / name).is_file()]
+        # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
+        folders = (f"{model}/{version}" for model in MODELS)
+        missing += [name for name in folders if not (repository / name).is_dir()]
     if missing:
-        built = missing[0] in (*BUILT, REPORT)
-        hint = "vit-builder fills it in" if built else "build it again with vit-builder"
+        hint = (
+            "vit-builder fills it in" if missing[0] in built else "build it again with vit-builder"
+        )
         what = f"no {missing[0]}; {hint}"
         raise ServerError(f"{repository} is not a complete model repository: {what}")
 
@@ -163,15 +170,27 @@ def _copied_in_one_piece(repository: Path, to: Path) -> bool:
         raise ServerError(f"{file} cannot be copied to {to.parent}: {reason(e)}") from e
 
 
-def _check_digests(repository: Path, copy: Path) -> None:
+def _built(version: int) -> tuple[str, str]:
+    """The files that only make sense together; the report has their digests."""
+    return f"vit/{version}/model.pt", f"postprocess/{version}/labels.txt"
+
+
+def _report(repository: Path, copy: Path) -> Any:
+    """What vit-builder says that it built in `repository`, by the report in its copy."""
     try:
-        digests = json.loads((copy / REPORT).read_text("utf-8"))["sha256"]
-        expected = {name: str(digests[name]) for name in BUILT}
-    except (ValueError, KeyError, TypeError) as e:
+        report = json.loads((copy / REPORT).read_text("utf-8"))
+        complete = set(report["sha256"]) >= set(_built(report["model_version"]))
+    except (ValueError, KeyError, TypeError):
+        complete = False
+    if not complete:
         raise ServerError(
             f"{repository}/{REPORT} does not say what was built: build it again with vit-builder"
-        ) from e
-    for name, digest in expected.items():
+        )
+    return report
+
+
+def _check_digests(repository: Path, copy: Path) -> None:
+    for name, digest in _report(repository, copy)["sha256"].items():
         if _sha256(copy / name) != digest:
             raise ServerError(
                 f"{repository}/{name} is not the file that was built: it is damaged, or from "

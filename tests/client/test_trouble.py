@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from conftest import serving
+from conftest import built, serving
 from processes import tritonserver
 from vit_client import (
     AsyncClient,
@@ -339,7 +339,7 @@ def narrow_repository(tiny_repository: Path, tmp_path: Path) -> Path:
     narrow = text.replace("max_queue_size: 128", "max_queue_size: 2")
     assert narrow != text
     config.write_text(narrow)
-    model = folder / "preprocess" / "1" / "model.py"
+    model = built(folder, "preprocess", "model.py")
     slow = model.read_text().replace(
         "    def execute(self, requests):\n",
         "    def execute(self, requests):\n        import time; time.sleep(0.3)\n",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import BIN, PHOTOS, Server, at_each_batch, copy, start_and_fail
+from conftest import BIN, PHOTOS, Server, at_each_batch, built, copy, start_and_fail
 from nvidia import DOCKER, container, health, plain_triton, post, status
 from processes import FREE_PORTS, segments, tritonserver, workspaces
 from vit_client import Client
@@ -134,7 +134,7 @@ def test_health_sees_a_dead_model_that_triton_does_not(tiny_repository: Path, de
 
 def test_health_sees_numbers_that_are_none(tiny_repository: Path, tmp_path: Path) -> None:
     repository = copy(tiny_repository, tmp_path)
-    file = repository / "vit" / "1" / "model.pt"
+    file = built(repository, "vit", "model.pt")
     model = torch.jit.load(file)
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import vit_builder
+from vit_builder.repository import model_file
 from vit_client import AsyncClient, BadImage, BadImages, DeadlineExceeded, Overloaded
 
 from . import poison
@@ -66,8 +67,8 @@ def known(repository: Path) -> tuple[list[Known], list[Known]]:
     """Good and bad images. The answers are those of Pillow and model.pt, in this process."""
     report = json.loads((repository / "build_report.json").read_text())
     side = report["network"]["image_size"][0]
-    module = torch.jit.load(repository / "vit" / "1" / "model.pt")
-    labels = (repository / "postprocess" / "1" / "labels.txt").read_text().splitlines()
+    module = torch.jit.load(model_file(repository))
+    labels = next(repository.glob("postprocess/*/labels.txt")).read_text().splitlines()
     good, bad = [], []
     for case in poison.corpus(large=False):
         if case.name.startswith("as it is"):

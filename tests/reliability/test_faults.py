@@ -26,7 +26,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from conftest import BIN, PHOTOS, Array, Server, png, serving
+from conftest import BIN, PHOTOS, Array, Server, built, png, serving
 from PIL import Image
 from processes import (
     FREE_PORTS,
@@ -142,30 +142,30 @@ def test_a_crash_that_hangs(tiny_repository: Path) -> None:
 
 
 def cut_model(repository: Path) -> None:
-    model = repository / "vit" / "1" / "model.pt"
+    model = built(repository, "vit", "model.pt")
     model.write_bytes(model.read_bytes()[:-1000])
 
 
 def swapped_model(repository: Path) -> None:
     """One byte of one weight is another."""
-    model = repository / "vit" / "1" / "model.pt"
+    model = built(repository, "vit", "model.pt")
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
     model.write_bytes(data)
 
 
 def no_labels(repository: Path) -> None:
-    (repository / "postprocess" / "1" / "labels.txt").unlink()
+    built(repository, "postprocess", "labels.txt").unlink()
 
 
 def short_labels(repository: Path) -> None:
-    labels = repository / "postprocess" / "1" / "labels.txt"
+    labels = built(repository, "postprocess", "labels.txt")
     labels.write_bytes(b"".join(labels.read_bytes().splitlines(True)[:-1]))
 
 
 def exchanged_labels(repository: Path) -> None:
     """As many as there should be, in another order: every answer would have a wrong name."""
-    labels = repository / "postprocess" / "1" / "labels.txt"
+    labels = built(repository, "postprocess", "labels.txt")
     labels.write_bytes(b"".join(reversed(labels.read_bytes().splitlines(True))))
 
 
@@ -183,7 +183,7 @@ def test_damaged_files_are_not_served(
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert result.stdout == ""
-    name = "vit/1/model.pt" if "model" in damage.__name__ else "postprocess/1/labels.txt"
+    name = "/model.pt" if "model" in damage.__name__ else "/labels.txt"
     assert name in result.stderr
     assert "is not the file that was built" in result.stderr or "no postprocess" in result.stderr
 
@@ -356,10 +356,12 @@ def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, known: Known)
     """All that were in it are told; the rest, and all who come later, are answered."""
     repository = tmp_path / "models"
     shutil.copytree(tiny_repository, repository)
-    model, report = repository / "vit" / "1" / "model.pt", repository / "build_report.json"
+    model, report = built(repository, "vit", "model.pt"), repository / "build_report.json"
     torch.jit.script(FailsOnWhite(torch.jit.load(model))).save(model)
     facts = json.loads(report.read_text())
-    facts["sha256"]["vit/1/model.pt"] = hashlib.sha256(model.read_bytes()).hexdigest()
+    facts["sha256"][str(model.relative_to(repository))] = hashlib.sha256(
+        model.read_bytes()
+    ).hexdigest()
     report.write_text(json.dumps(facts))
     with serving(repository) as server:
         outcomes = asyncio.run(one_by_one(server.url, known, white=4))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import serving
+from conftest import built, serving
 from processes import model_processes
 from tritonclient.utils import InferenceServerException
 
@@ -96,7 +96,7 @@ def test_process_whose_threads_wait_for_pythons_lock_goes_on(
     """Triton's own sign of life needs no lock; it is what tells this one from a stopped one."""
     repository = tmp_path / "models"
     shutil.copytree(tiny_repository, repository)
-    model = repository / "postprocess" / "1" / "model.py"
+    model = built(repository, "postprocess", "model.py")
     model.rename(model.with_name("model_before.py"))
     flag, told = tmp_path / "busy", tmp_path / "told"
     model.write_text(BUSY.format(flag=str(flag), told=str(told)))
