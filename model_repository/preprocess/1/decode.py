@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 # What Pillow may open. Not all it can: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MAX_REASON = 200  # characters
+MAX_MESSAGE = 200  # characters
 
 # The longest side that a JPEG can have. Decoding and resizing hold whole rows, of any length: a PNG
 # of 50 million pixels in one row (146 kB) took 1.7 GB.
@@ -27,8 +27,23 @@ OTHERS = {
 }
 
 
+REASONS = (  # for a file to be refused, as metrics have them
+    "empty",
+    "not_an_image",
+    "unsupported_format",
+    "too_many_bytes",
+    "too_many_pixels",
+    "too_many_parts",
+    "damaged",
+)
+
+
 class BadImage(Exception):
-    """A row that has no pixels; the message is for the person who sent it."""
+    """A row that has no pixels: one of REASONS, and a message for the person who sent it."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
 
 
 def decode(data, height, width, room, fast_jpeg=False):
@@ -38,9 +53,9 @@ def decode(data, height, width, room, fast_jpeg=False):
     what is wanted.
     """
     if not data:
-        raise BadImage("it is empty (0 bytes)")
+        raise BadImage("empty", "it is empty (0 bytes)")
     if jpeg.has_too_many_scans(data):
-        raise BadImage(f"a JPEG of more than {jpeg.MAX_SCANS} scans")
+        raise BadImage("too_many_parts", f"a JPEG of more than {jpeg.MAX_SCANS} scans")
     least = (2 * height, 2 * width) if fast_jpeg else None
     try:
         pixels = plain_jpeg(data, height, width, room, least)
@@ -48,9 +63,11 @@ def decode(data, height, width, room, fast_jpeg=False):
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"{len(data)} bytes that are {what_else(data)}") from None
+        reason, what = what_else(data)
+        raise BadImage(reason, f"{len(data)} bytes that are {what}") from None
     except Exception as e:  # a broken file raises nearly anything in Pillow's decoders
-        raise BadImage(f"it cannot be decoded: {str(e) or type(e).__name__}"[:MAX_REASON]) from e
+        why = f"it cannot be decoded: {str(e) or type(e).__name__}"
+        raise BadImage("damaged", why[:MAX_MESSAGE]) from e
 
 
 def plain_jpeg(data, height, width, room, least):
@@ -73,11 +90,15 @@ def by_pillow(data, height, width, room, least):
         pixels = image.width * image.height
         if pixels > room.pixels:
             raise BadImage(
+                "too_many_pixels",
                 f"{image.width}x{image.height} is over {room.pixels} pixels, the limit of this "
-                "server (vit-builder --max-image-pixels)"
+                "server (vit-builder --max-image-pixels)",
             )
         if max(image.size) > MAX_SIDE:
-            raise BadImage(f"{image.width}x{image.height} has a side of over {MAX_SIDE} pixels")
+            raise BadImage(
+                "too_many_pixels",
+                f"{image.width}x{image.height} has a side of over {MAX_SIDE} pixels",
+            )
         if image.format == "BMP":
             reader.most = MAX_BMP_READS
         if least:
@@ -90,11 +111,13 @@ def by_pillow(data, height, width, room, least):
 
 
 def what_else(data):
-    """What a file is that nothing here decodes, as far as people take it for an image."""
+    """What a file is that nothing here decodes, as far as people take it for an image; the reason
+    of REASONS before it."""
     for name, magic in OTHERS.items():
         if magic.match(data):
-            return f"{name}: not supported by the server; convert it, or pass a PIL image"
-    return f"not an image ({', '.join(FORMATS)})"
+            what = f"{name}: not supported by the server; convert it, or pass a PIL image"
+            return "unsupported_format", what
+    return "not_an_image", f"not an image ({', '.join(FORMATS)})"
 
 
 class Room:
@@ -120,6 +143,17 @@ class Room:
                 self.freed.notify_all()
 
 
+class Part:
+    """A Room as one image sees it, which remembers how many pixels that has."""
+
+    def __init__(self, room):
+        self.room, self.pixels, self.seen = room, room.pixels, 0
+
+    def taken(self, pixels):
+        self.seen = pixels
+        return self.room.taken(pixels)
+
+
 class Reader(io.BytesIO):
     """A file that stops those who read it in tiny pieces: millions of markers, chunks, comments.
 
@@ -131,5 +165,5 @@ class Reader(io.BytesIO):
     def read(self, size=-1):
         self.reads += 1
         if self.reads > self.most:
-            raise BadImage(f"it has more than {self.most} parts")
+            raise BadImage("too_many_parts", f"it has more than {self.most} parts")
         return super().read(size)

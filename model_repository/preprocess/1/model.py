@@ -14,7 +14,8 @@ from itertools import islice
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from backlog import Backlog
-from decode import BadImage, Room, decode
+from decode import BadImage, Part, Room, decode
+from metrics import Metrics
 from PIL import Image
 from pulse import Pulse, now
 
@@ -41,11 +42,14 @@ class TritonPythonModel:
         told = parameter.get("threads", "auto")  # a number where vit-server has seen the machine
         self.threads = threads() if told == "auto" else int(told)
         self.pool = ThreadPoolExecutor(self.threads)
+        self.metrics = Metrics()
         self.pulse = Pulse(self.threads)
 
     def execute(self, requests):
+        came = now()
         self.backlog.wait()
         begun = now()
+        self.metrics.note(self.metrics.held_back_seconds, begun - came)
         # Flat: a request may also say that it has the shape [0, 1], and have an image.
         files = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy().flat for r in requests]
         self.backlog.sent([len(batch) for batch in files])
@@ -74,17 +78,24 @@ class TritonPythonModel:
         return results
 
     def decode(self, data):
+        begun, room = now(), Part(self.room)
         try:
             if len(data) > self.max_bytes:
-                raise BadImage(f"{len(data)} bytes are over the limit of {self.max_bytes}")
-            return decode(data, self.height, self.width, self.room, self.fast_jpeg)
+                over = f"{len(data)} bytes are over the limit of {self.max_bytes}"
+                raise BadImage("too_many_bytes", over)
+            pixels = decode(data, self.height, self.width, room, self.fast_jpeg)
         except BadImage as e:
+            self.metrics.note(self.metrics.refused[e.reason])
             return str(e)
+        self.metrics.note(self.metrics.decode_seconds, now() - begun)
+        self.metrics.note(self.metrics.megapixels, room.seen / 1e6)
+        return pixels
 
     def answer(self, results):
         """One request's rows -> its response: all pixels, or an error that names the bad rows."""
         bad = [f"image[{i}]: {why}" for i, why in enumerate(results) if isinstance(why, str)]
         if bad:
+            self.metrics.note(self.metrics.refused_requests)
             error = pb_utils.TritonError(shorten(bad), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
         if len(results) == 1:  # most have one, which need not be copied
@@ -95,6 +106,7 @@ class TritonPythonModel:
 
     def finalize(self):
         self.pool.shutdown()
+        self.metrics.close()
 
 
 def threads():
