@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from . import _health
+from . import _health, _one_model
 from ._engine import Engine
 from ._images import is_one_image, mistaken
 from ._progress import Meter, Progress
 from ._question import Question, question
 from ._settings import ChannelOptions, Settings, check_timeout
+from ._telemetry import annotate
 from .errors import BadImages
 from .types import (
     Analysis,
@@ -50,6 +52,14 @@ class AsyncClient:
     waiting for its turn, sending, the server's work, retries and the pauses between them. A long
     list takes several requests. An image that cannot be read in that time, from a pipe or a mount
     that hangs, is a `BadImage`, and holds up no others: they are sent without it.
+
+    The results of one call are all of one model, also where another takes its place meanwhile (what
+    is of the old one is asked again); `stream` tells the model of each.
+
+    Each request has an id, a made one or the `request_id` of the call (the second request of a long
+    list has "-2" after it, and so on). The server gets it; errors (`request_id`) and log lines have
+    it. `logging.getLogger("vit_client")` tells of retries at INFO and of each try at DEBUG. With
+    the extra "opentelemetry" and a tracer provider there is a span for each call.
     """
 
     def __init__(
@@ -124,11 +134,21 @@ class AsyncClient:
 
     @overload
     async def classify(  # type: ignore[overload-overlap]  # a str is a sequence of str
-        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: ImageLike,
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[Prediction]: ...
     @overload
     async def classify(
-        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[list[Prediction]]: ...
     async def classify(
         self,
@@ -136,6 +156,7 @@ class AsyncClient:
         *,
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """What is it? The most likely classes, best first.
 
@@ -143,6 +164,7 @@ class AsyncClient:
             images: One image, or several.
             top_k: How many classes; at most `model().max_top_k`.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image a list of `top_k` predictions (label, index, score), for several a list
@@ -153,17 +175,24 @@ class AsyncClient:
             BadImages: Some of several images cannot be used; has the answers of the others.
             ValueError: The model has no `top_k` classes to offer.
         """
-        result: list[Any] = await self._ask(question("classify", top_k), images, timeout)
+        result: list[Any] = await self._ask(
+            question("classify", top_k, request_id=request_id), images, timeout
+        )
         return result
 
     async def probabilities(
-        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """The probability of every class.
 
         Args:
             images: One image, or several.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image float32 [C], for N images float32 [N, C]; each row sums to 1. A class's
@@ -174,12 +203,16 @@ class AsyncClient:
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
         result: npt.NDArray[np.float32] = await self._ask(
-            question("probabilities"), images, timeout
+            question("probabilities", request_id=request_id), images, timeout
         )
         return result
 
     async def embed(
-        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """What is it like? A vector for each image; similar images have similar vectors.
 
@@ -188,6 +221,7 @@ class AsyncClient:
         Args:
             images: One image, or several.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image float32 [D], for N images float32 [N, D].
@@ -196,17 +230,24 @@ class AsyncClient:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        result: npt.NDArray[np.float32] = await self._ask(question("embed"), images, timeout)
+        result: npt.NDArray[np.float32] = await self._ask(
+            question("embed", request_id=request_id), images, timeout
+        )
         return result
 
     async def features(
-        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Features:
         """Where is what? A vector for each patch of the image.
 
         Args:
             images: One image, or several.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             {"neck": map}, for one image float32 [D, h, w], for N images float32 [N, D, h, w].
@@ -217,16 +258,28 @@ class AsyncClient:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        result: Features = await self._ask(question("features"), images, timeout)
+        result: Features = await self._ask(
+            question("features", request_id=request_id), images, timeout
+        )
         return result
 
     @overload
     async def analyze(  # type: ignore[overload-overlap]
-        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: ImageLike,
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Analysis: ...
     @overload
     async def analyze(
-        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[Analysis]: ...
     @overload
     async def analyze(  # type: ignore[overload-overlap]
@@ -236,6 +289,7 @@ class AsyncClient:
         into: type[AnswersT],
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> AnswersT: ...
     @overload
     async def analyze(
@@ -245,6 +299,7 @@ class AsyncClient:
         into: type[AnswersT],
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[AnswersT]: ...
     async def analyze(
         self,
@@ -253,6 +308,7 @@ class AsyncClient:
         into: type[Any] = Analysis,
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Any:
         """Several of these questions at once, for the price of one: a single forward pass.
 
@@ -273,6 +329,7 @@ class AsyncClient:
                 are asked for. By default Analysis: `predictions` and `embedding`.
             top_k: How many predictions; at most `model().max_top_k`.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image an `into`, for several a list of them.
@@ -283,7 +340,9 @@ class AsyncClient:
             ModelNotServed: The server's models are of an older vit-builder, without `analyze`.
             ValueError: `into` has other fields, or the model has no `top_k` classes to offer.
         """
-        return await self._ask(question("analyze", top_k, into), images, timeout)
+        return await self._ask(
+            question("analyze", top_k, into, request_id=request_id), images, timeout
+        )
 
     @overload
     def stream(
@@ -295,6 +354,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[list[Prediction]], None]: ...
     @overload
     def stream(
@@ -305,6 +366,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[npt.NDArray[np.float32]], None]: ...
     @overload
     def stream(
@@ -315,6 +378,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[Features], None]: ...
     @overload
     def stream(
@@ -326,6 +391,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[Analysis], None]: ...
     @overload
     def stream(
@@ -338,6 +405,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[AnswersT], None]: ...
     @overload
     def stream(
@@ -349,6 +418,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[Any], None]: ...
     def stream(
         self,
@@ -360,6 +431,8 @@ class AsyncClient:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> AsyncGenerator[Item[Any], None]:
         """Answer any number of images, in order, in bounded memory.
 
@@ -379,12 +452,18 @@ class AsyncClient:
             progress: True for a progress bar on standard error (needs the extra "progress"), or
                 a function that is called with the number of images done.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the first request, and with a number ("-2", "-3", …) for the
+                others; a made one if not given.
+            model_version: Only answers of this model (`Model.version`), such as those kept earlier
+                are of. Where the server has another, ModelChanged is raised.
 
         Yields:
             An Item for each image: `index`, `image`, and `result` as the method of the task
             would return it for this one image.
         """
-        batches = self._batches(images, task, into, top_k, on_error, progress, timeout)
+        batches = self._batches(
+            images, task, into, top_k, on_error, progress, timeout, request_id, model_version
+        )
         return _flatten(batches, on_error)
 
     async def model(self, *, timeout: float | None = None) -> Model:
@@ -439,13 +518,16 @@ class AsyncClient:
         return max(0.001, timeout - (time.monotonic() - started))
 
     async def _ask(self, asked: Question, images: Any, timeout: float | None) -> Any:
-        seconds = await self._check_top_k(asked, self._timeout(timeout))
-        if is_one_image(images):
-            (item,) = await self._engine.chunk(asked, [images], 0, seconds)
-            return asked.one(item.result)
-        items = [
-            item async for batch in self._engine.batches(asked, images, seconds) for item in batch
-        ]
+        with self._engine.connection.telemetry.call(asked):
+            seconds = await self._check_top_k(asked, self._timeout(timeout))
+            if is_one_image(images):
+                (item,) = await self._engine.chunk(asked, [images], 0, seconds)
+                return asked.one(item.result)
+            return await self._ask_several(asked, images, seconds)
+
+    async def _ask_several(self, asked: Question, images: Any, seconds: float) -> Any:
+        items = await _one_model.ask(self._engine, asked, images, seconds)
+        annotate(images=len(items))
         errors = [item.error for item in items if item.error is not None]
         if errors:
             raise BadImages(
@@ -462,6 +544,8 @@ class AsyncClient:
         on_error: OnError,
         progress: Progress,
         timeout: float | None,
+        request_id: str | None,
+        model_version: str | None,
     ) -> AsyncGenerator[list[Item[Any]], None]:
         """What `stream` yields, a chunk at a time. Checks its arguments at once."""
         _check_choice("task", task, get_args(Task))
@@ -469,26 +553,37 @@ class AsyncClient:
         if is_one_image(images):
             words = mistaken(images) or f"not one {type(images).__name__}"
             raise TypeError(f"stream takes an iterable of images, {words}")
-        asked = question(task, top_k, into)
-        return self._run_batches(images, asked, on_error, progress, self._timeout(timeout))
+        asked = question(task, top_k, into, request_id=request_id, model_version=model_version)
+        source = self._asked_batches(images, asked, self._timeout(timeout))
+        traced = self._engine.connection.telemetry.stream(asked, source)
+        return _run_batches(traced, images, asked, on_error, progress)
 
-    async def _run_batches(
-        self,
-        images: Any,
-        asked: Question,
-        on_error: OnError,
-        progress: Progress,
-        timeout: float,
+    async def _asked_batches(
+        self, images: Any, asked: Question, timeout: float
     ) -> AsyncGenerator[list[Item[Any]], None]:
         await self._check_top_k(asked, timeout)
         batches = self._engine.batches(asked, images, timeout)
-        with Meter(progress, images) as meter:
-            try:
-                async for batch in batches:
-                    yield _settle(batch, asked, on_error)
-                    meter.add(len(batch))
-            finally:
-                await batches.aclose()
+        try:
+            async for batch in batches:
+                yield batch
+        finally:
+            await batches.aclose()
+
+
+async def _run_batches(
+    batches: AsyncGenerator[list[Item[Any]], None],
+    images: Any,
+    asked: Question,
+    on_error: OnError,
+    progress: Progress,
+) -> AsyncGenerator[list[Item[Any]], None]:
+    with Meter(progress, images) as meter:
+        try:
+            async for batch in batches:
+                yield _settle(batch, asked, on_error)
+                meter.add(len(batch))
+        finally:
+            await batches.aclose()
 
 
 async def _flatten(
@@ -507,7 +602,7 @@ async def _flatten(
 def _settle(batch: list[Item[Any]], asked: Question, on_error: OnError) -> list[Item[Any]]:
     """Items that the caller may keep: detached from the response they came in."""
     return [
-        item if item.error else Item(item.index, item.image, asked.one(item.result))
+        item if item.error else replace(item, _result=asked.one(item.result))
         for item in batch
         if item.error is None or on_error != "skip"
     ]

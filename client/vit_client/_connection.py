@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import itertools
 import os
 import random
 import time
@@ -18,6 +20,7 @@ from . import _wire
 from ._channel import open_channel
 from ._retry import RetryBudget, backoff
 from ._settings import Settings
+from ._telemetry import Telemetry, log, retrying
 from .errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -26,13 +29,14 @@ from .errors import (
     from_grpc,
     is_neighbours,
     is_not_begun,
+    is_other_model,
     is_stopping,
 )
 from .types import Model
 
 # A server that stops says so at once, or ends its connections, as it also does with old ones; and
 # with several servers the next try is likely another's. So many tries are not counted: of two
-# servers, every second try is for the one that stops.
+# servers, every second try is for the one that stops, or for the one that has another model.
 _MOST_TURNED_AWAY = 16
 
 # Seconds to wait, at most, before a retry of what failed for a malformed request beside it. The
@@ -62,6 +66,7 @@ class Connection:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.telemetry = Telemetry(settings)
         self.closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
@@ -70,7 +75,8 @@ class Connection:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._overload_budget = RetryBudget(per_success=0.1, per_second=1)
         self._neighbour_budget = RetryBudget(per_success=1, per_second=40)
-        self._model: Model | None = None
+        self._model: Model | None = None  # that answers, as far as is known
+        self._models: dict[str, Model] = {}  # all that have told of themselves, by version
         self._asking: asyncio.Task[Model] | None = None
 
     def _open(self) -> _Open:
@@ -126,16 +132,20 @@ class Connection:
         of `timeout` has passed already.
 
         With `retries` 0 the first answer counts, whatever it is; but a call that no server has
-        begun has had none, and is sent again all the same.
+        begun has had none, and is sent again all the same. So is one that wants another model than
+        the server has: the next one's may be that.
         """
         self._open()  # where the client cannot be used it says so at once
+        name = f"request {message.id}" if method == "ModelInfer" else method
         left = self.settings.retries if retries is None else retries
         if deadline is None:
             deadline = time.monotonic() + timeout
         await self._take_slot(timeout, deadline, task)
         try:
             attempt = turned_away = 0
-            while True:
+            for number in itertools.count(1):
+                begun = time.monotonic()
+                log.debug("%s: try %d, %.3f s left", name, number, deadline - begun)
                 try:
                     response = await self._try(method, message, task, timeout, deadline)
                 except asyncio.CancelledError:
@@ -144,7 +154,8 @@ class Connection:
                         raise self.closed_meanwhile(task) from None
                     raise
                 except VitClientError as error:
-                    uncounted = is_not_begun(error) or (is_stopping(error) and left)
+                    unseen = is_not_begun(error) or is_other_model(error)
+                    uncounted = unseen or (is_stopping(error) and left)
                     if uncounted and turned_away < _MOST_TURNED_AWAY:
                         turned_away += 1
                         pause: float | None = random.uniform(0, 0.05)
@@ -155,9 +166,12 @@ class Connection:
                         pause = self._pause(error, attempt, deadline) if attempt < left else None
                         attempt += 1
                     if pause is None or time.monotonic() + pause >= deadline:
+                        log.debug("%s: try %d failed, the last: %s", name, number, error.message)
                         raise
+                    retrying(name, error, number, pause)
                     await asyncio.sleep(pause)
                 else:
+                    log.debug("%s: answered in %.3f s", name, time.monotonic() - begun)
                     self._overload_budget.success()
                     self._neighbour_budget.success()
                     return response
@@ -173,13 +187,12 @@ class Connection:
         if method == "ModelInfer":
             message.parameters["timeout"].int64_param = _wire.queue_timeout(left)
         try:
-            return await getattr(opened.stub, method)(
-                message,
-                timeout=left,
-                metadata=self.settings.metadata,
-            )
+            with self.telemetry.attempt(method, message) as metadata:
+                call = getattr(opened.stub, method)
+                return await call(message, timeout=left, metadata=metadata)
         except grpc.RpcError as failure:
             error = self._error(failure, task, timeout)
+            error.request_id = message.id if method == "ModelInfer" else None
             if is_stopping(error):
                 self._leave(opened)
             raise error from failure
@@ -204,7 +217,8 @@ class Connection:
             await self._slots.acquire()
             return
         try:
-            await asyncio.wait_for(self._slots.acquire(), deadline - time.monotonic())
+            with self.telemetry.waiting():
+                await asyncio.wait_for(self._slots.acquire(), deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise DeadlineExceeded(
                 f"waited {timeout:g} s for one of this client's {self.settings.concurrency} "
@@ -263,22 +277,25 @@ class Connection:
                     raise DeadlineExceeded(
                         f"no answer from {self.settings.target} within {timeout:.3g} s"
                     ) from None
+            except VitClientError as error:
+                # All who wait get this one; each is to have its own, for the id of its request.
+                raise copy.copy(error) from error.__cause__
         return self._model
+
+    def answered(self, version: str) -> None:
+        """Take note of the model that has just answered: `model` is to tell of that one."""
+        if self._model and self._model.version not in ("", version):
+            self._model = self._models.get(version)
 
     def _asked(self, asking: asyncio.Task[Model]) -> None:
         self._asking = None
         if not asking.cancelled() and asking.exception() is None:
             self._model = asking.result()
+            self._models[self._model.version] = self._model
 
     async def _ask_model(self, timeout: float) -> Model:
-        deadline = time.monotonic() + timeout
         request = pb.ModelConfigRequest(name=_wire.MODEL)
-        config = (await self.call("ModelConfig", request, timeout=timeout)).config
-        left = max(0.0, deadline - time.monotonic())
-        metadata = await self.call(
-            "ModelMetadata", pb.ModelMetadataRequest(name=_wire.MODEL), timeout=left
-        )
-        return _wire.model(config, max(metadata.versions, key=_number, default=""))
+        return _wire.model((await self.call("ModelConfig", request, timeout=timeout)).config)
 
 
 def forked(pid: int) -> str:
@@ -288,7 +305,3 @@ def forked(pid: int) -> str:
         "gRPC does not survive a fork: start processes with the 'spawn' method, or use no client "
         "before the fork"
     )
-
-
-def _number(version: str) -> int:
-    return int(version) if version.isdigit() else 0

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _wire
 from ._connection import Connection
@@ -17,6 +17,7 @@ from ._loading import Loaded, Reading, Threads
 from ._question import Question
 from ._settings import Settings
 from ._source import chunks
+from ._telemetry import annotate, log
 from .errors import BadImage, InvalidRequest, ServerError, is_too_large
 from .types import Item
 
@@ -36,6 +37,13 @@ _PATIENCE_THEN = 0.1
 _PATIENCE_CONVERTING = 10.0
 # Threads that load images, with those that hang: on a mount that is gone, all do.
 _MOST_THREADS = 64
+
+
+class Answered(NamedTuple):
+    """What a model has said of one image."""
+
+    answers: dict[str, Any]
+    model_version: str
 
 
 class Engine:
@@ -150,6 +158,7 @@ class Engine:
         files = {k: v for k, v in loaded.items() if not isinstance(v, Unusable)}
         while files:
             message = _wire.request(question, list(files.values()))
+            log.debug("request %s: %s of %d images", message.id, question.ensemble, len(files))
             try:
                 response = await self.connection.call(
                     "ModelInfer", message, timeout=timeout, deadline=deadline, task=question.task
@@ -167,7 +176,7 @@ class Engine:
                 if not bad:
                     raise
                 for position, reason in bad.items():
-                    results[position] = Refused(reason)
+                    results[position] = Refused(reason, message.id)
                     del files[position]
             else:
                 answers = _wire.rows(question, response)
@@ -175,8 +184,14 @@ class Engine:
                     raise ServerError(
                         f"the server answered {len(files)} images with {len(answers)} rows",
                         task=question.task,
+                        request_id=message.id,
                     )
-                results.update(zip(files, answers, strict=True))
+                self.connection.answered(response.model_version)
+                annotate(model_version=response.model_version)
+                results.update(
+                    (position, Answered(answer, response.model_version))
+                    for position, answer in zip(files, answers, strict=True)
+                )
                 break
         return results
 
@@ -286,9 +301,16 @@ class _Window:
 
 
 def _item(task: str, index: int, image: Any, result: Any) -> Item[Any]:
-    if not isinstance(result, Unusable):
-        return Item(index, image, result)
+    if isinstance(result, Answered):
+        return Item(index, image, result.answers, model_version=result.model_version)
     reason = str(result)
-    details = reason if isinstance(result, Refused) else None
-    error = BadImage(reason, index=index, name=name_of(image), task=task, details=details)
+    refused = isinstance(result, Refused)
+    error = BadImage(
+        reason,
+        index=index,
+        name=name_of(image),
+        task=task,
+        details=reason if refused else None,
+        request_id=result.request_id if refused else None,
+    )
     return Item(index, image, None, error)

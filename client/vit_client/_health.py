@@ -15,7 +15,6 @@ from .types import Health
 if TYPE_CHECKING:
     from ._connection import Connection
 
-_QUESTION = question("embed")
 _ONE_PIXEL = b"P6 1 1 255\n\x80\x80\x80"
 
 
@@ -37,8 +36,9 @@ async def check(connection: Connection, timeout: float) -> Health:
         server = f"{about.name} {about.version}"
         ready = (await ask("ServerReady", pb.ServerReadyRequest())).ready
         started = time.monotonic()
-        message = _wire.request(_QUESTION, [_ONE_PIXEL])
-        _wire.rows(_QUESTION, await ask("ModelInfer", message, _QUESTION.task))
+        asked = question("embed")
+        message = _wire.request(asked, [_ONE_PIXEL])
+        _wire.rows(asked, await ask("ModelInfer", message, asked.task))
         latency = time.monotonic() - started
     except VitClientError as error:
         problem = error.message

@@ -32,7 +32,15 @@ class Unusable(Exception):
 
 
 class Refused(Unusable):
-    """The same in the server's words."""
+    """The same in the server's words.
+
+    Attributes:
+        request_id: of the request that it refused.
+    """
+
+    def __init__(self, reason: str, request_id: str) -> None:
+        super().__init__(reason)
+        self.request_id = request_id
 
 
 def is_one_image(value: Any) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,20 @@ class Question:
     """How many predictions; 0 where none are asked for."""
     into: Callable[..., Any] | None
     """What `analyze` makes of the answers, by their names."""
+    request_id: str
+    """Of the call, which may take several requests."""
+    model_version: str = ""
+    """Which model is to answer; "" where any will do."""
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1), compare=False)
+
+    def of_model(self, version: str) -> Question:
+        """The same, for this model only; its requests are numbered on."""
+        return replace(self, model_version=version)
+
+    def next_id(self) -> str:
+        """For its next request: its own, and after the first one with a number, "abc-2"."""
+        number = next(self._numbers)
+        return self.request_id if number == 1 else f"{self.request_id}-{number}"
 
     @property
     def ensemble(self) -> str:
@@ -83,8 +100,16 @@ class Question:
         return answer
 
 
-def question(task: Task, top_k: int = 0, into: Callable[..., Any] | None = None) -> Question:
-    """Raises ValueError where `into` does not go with the task, or has fields of other names."""
+def question(
+    task: Task,
+    top_k: int = 0,
+    into: Callable[..., Any] | None = None,
+    *,
+    request_id: str | None = None,
+    model_version: str | None = None,
+) -> Question:
+    """Raises ValueError where `into` does not go with the task, or has fields of other names; or
+    an id or a version is none."""
     if task == "analyze":
         into = into or Analysis
         answers = _fields(into)
@@ -92,7 +117,24 @@ def question(task: Task, top_k: int = 0, into: Callable[..., Any] | None = None)
         raise ValueError(f"into goes with the task 'analyze', not with {task!r}")
     else:
         answers = _OF_TASK[task]
-    return Question(task, answers, top_k if "predictions" in answers else 0, into)
+    if model_version is not None and not re.fullmatch(r"[1-9]\d{0,18}", model_version):
+        raise ValueError(f"model_version must be a number as text, not {model_version!r}")
+    return Question(
+        task,
+        answers,
+        top_k if "predictions" in answers else 0,
+        into,
+        uuid.uuid4().hex[:16] if request_id is None else _checked(request_id),
+        model_version or "",
+    )
+
+
+def _checked(request_id: Any) -> str:
+    if isinstance(request_id, str) and re.fullmatch(r"[!-~]{1,128}", request_id):
+        return request_id
+    raise ValueError(
+        f"request_id must be 1 to 128 visible ASCII characters without spaces, not {request_id!r}"
+    )
 
 
 def _fields(into: Callable[..., Any]) -> tuple[str, ...]:

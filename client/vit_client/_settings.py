@@ -206,6 +206,12 @@ def _with_port(address: str, url: str) -> str:
     return f"{match[1]}:{match[2] or DEFAULT_PORT}"
 
 
+def host_and_port(target: str) -> tuple[str, int] | tuple[str]:
+    """Of gRPC's target, for those who look at traces; whole where it has another form."""
+    match = re.fullmatch(r"(?:dns:///)?\[?([^\s/\[\]]+?)\]?:(\d+)", target)
+    return (match[1], int(match[2])) if match else (target,)
+
+
 def _authority(given: str | None) -> str | None:
     name, label = _setting("authority", given or None, _text, None)
     if name is None:

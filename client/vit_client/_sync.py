@@ -50,6 +50,14 @@ class Client:
     waiting for its turn, sending, the server's work, retries and the pauses between them. A long
     list takes several requests. An image that cannot be read in that time, from a pipe or a mount
     that hangs, is a `BadImage`, and holds up no others: they are sent without it.
+
+    The results of one call are all of one model, also where another takes its place meanwhile (what
+    is of the old one is asked again); `stream` tells the model of each.
+
+    Each request has an id, a made one or the `request_id` of the call (the second request of a long
+    list has "-2" after it, and so on). The server gets it; errors (`request_id`) and log lines have
+    it. `logging.getLogger("vit_client")` tells of retries at INFO and of each try at DEBUG. With
+    the extra "opentelemetry" and a tracer provider there is a span for each call.
     """
 
     def __init__(
@@ -124,12 +132,22 @@ class Client:
 
     @overload
     def classify(
-        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: ImageLike,
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[Prediction]: ...
 
     @overload
     def classify(
-        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[list[Prediction]]: ...
 
     def classify(
@@ -138,6 +156,7 @@ class Client:
         *,
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """What is it? The most likely classes, best first.
 
@@ -145,6 +164,7 @@ class Client:
             images: One image, or several.
             top_k: How many classes; at most `model().max_top_k`.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image a list of `top_k` predictions (label, index, score), for several a list
@@ -155,16 +175,25 @@ class Client:
             BadImages: Some of several images cannot be used; has the answers of the others.
             ValueError: The model has no `top_k` classes to offer.
         """
-        return self._bridge.run(self._bridge.client.classify(images, top_k=top_k, timeout=timeout))
+        return self._bridge.run(
+            self._bridge.client.classify(
+                images, top_k=top_k, timeout=timeout, request_id=request_id
+            )
+        )
 
     def probabilities(
-        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """The probability of every class.
 
         Args:
             images: One image, or several.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image float32 [C], for N images float32 [N, C]; each row sums to 1. A class's
@@ -174,10 +203,16 @@ class Client:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        return self._bridge.run(self._bridge.client.probabilities(images, timeout=timeout))
+        return self._bridge.run(
+            self._bridge.client.probabilities(images, timeout=timeout, request_id=request_id)
+        )
 
     def embed(
-        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> npt.NDArray[np.float32]:
         """What is it like? A vector for each image; similar images have similar vectors.
 
@@ -186,6 +221,7 @@ class Client:
         Args:
             images: One image, or several.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image float32 [D], for N images float32 [N, D].
@@ -194,16 +230,23 @@ class Client:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        return self._bridge.run(self._bridge.client.embed(images, timeout=timeout))
+        return self._bridge.run(
+            self._bridge.client.embed(images, timeout=timeout, request_id=request_id)
+        )
 
     def features(
-        self, images: ImageLike | Iterable[ImageLike], *, timeout: float | None = None
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Features:
         """Where is what? A vector for each patch of the image.
 
         Args:
             images: One image, or several.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             {"neck": map}, for one image float32 [D, h, w], for N images float32 [N, D, h, w].
@@ -214,16 +257,28 @@ class Client:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; has the answers of the others.
         """
-        return self._bridge.run(self._bridge.client.features(images, timeout=timeout))
+        return self._bridge.run(
+            self._bridge.client.features(images, timeout=timeout, request_id=request_id)
+        )
 
     @overload
     def analyze(
-        self, images: ImageLike, *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: ImageLike,
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Analysis: ...
 
     @overload
     def analyze(
-        self, images: Iterable[ImageLike], *, top_k: int = 5, timeout: float | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        top_k: int = 5,
+        timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[Analysis]: ...
 
     @overload
@@ -234,6 +289,7 @@ class Client:
         into: type[AnswersT],
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> AnswersT: ...
 
     @overload
@@ -244,6 +300,7 @@ class Client:
         into: type[AnswersT],
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> list[AnswersT]: ...
 
     def analyze(
@@ -253,6 +310,7 @@ class Client:
         into: type[Any] = Analysis,
         top_k: int = 5,
         timeout: float | None = None,
+        request_id: str | None = None,
     ) -> Any:
         """Several of these questions at once, for the price of one: a single forward pass.
 
@@ -273,6 +331,7 @@ class Client:
                 are asked for. By default Analysis: `predictions` and `embedding`.
             top_k: How many predictions; at most `model().max_top_k`.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the request; a made one if not given.
 
         Returns:
             For one image an `into`, for several a list of them.
@@ -284,7 +343,9 @@ class Client:
             ValueError: `into` has other fields, or the model has no `top_k` classes to offer.
         """
         return self._bridge.run(
-            self._bridge.client.analyze(images, into=into, top_k=top_k, timeout=timeout)
+            self._bridge.client.analyze(
+                images, into=into, top_k=top_k, timeout=timeout, request_id=request_id
+            )
         )
 
     @overload
@@ -297,6 +358,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[list[Prediction]], None, None]: ...
 
     @overload
@@ -308,6 +371,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[npt.NDArray[np.float32]], None, None]: ...
 
     @overload
@@ -319,6 +384,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[Features], None, None]: ...
 
     @overload
@@ -331,6 +398,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[Analysis], None, None]: ...
 
     @overload
@@ -344,6 +413,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[AnswersT], None, None]: ...
 
     @overload
@@ -356,6 +427,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[Any], None, None]: ...
 
     def stream(
@@ -368,6 +441,8 @@ class Client:
         on_error: OnError = "raise",
         progress: Progress = False,
         timeout: float | None = None,
+        request_id: str | None = None,
+        model_version: str | None = None,
     ) -> Generator[Item[Any], None, None]:
         """Answer any number of images, in order, in bounded memory.
 
@@ -387,6 +462,10 @@ class Client:
             progress: True for a progress bar on standard error (needs the extra "progress"), or
                 a function that is called with the number of images done.
             timeout: Seconds for each request; the client's own if not given.
+            request_id: Triton's id for the first request, and with a number ("-2", "-3", …) for the
+                others; a made one if not given.
+            model_version: Only answers of this model (`Model.version`), such as those kept earlier
+                are of. Where the server has another, ModelChanged is raised.
 
         Yields:
             An Item for each image: `index`, `image`, and `result` as the method of the task
@@ -401,6 +480,8 @@ class Client:
                 on_error=on_error,
                 progress=progress,
                 timeout=timeout,
+                request_id=request_id,
+                model_version=model_version,
             ),
             on_error,
         )

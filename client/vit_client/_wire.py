@@ -36,7 +36,11 @@ _BAD_ROW = re.compile(r"(?:^|\W)image\[(\d+)\]: *(.*)")
 
 def request(question: Question, files: Sequence[bytes]) -> pb.ModelInferRequest:
     """One request with one encoded file a row."""
-    message = pb.ModelInferRequest(model_name=question.ensemble)
+    message = pb.ModelInferRequest(
+        model_name=question.ensemble,
+        model_version=question.model_version,
+        id=question.next_id(),
+    )
     message.inputs.add(name="image", datatype="BYTES", shape=[len(files), 1])
     for answer in question.answers:
         for output in _OUTPUTS[answer]:
@@ -84,7 +88,7 @@ def bad_rows(details: str) -> dict[int, str]:
     return {int(match[1]): match[2].strip() for match in matches if match}
 
 
-def model(config: Any, version: str) -> Model:
+def model(config: Any) -> Model:
     """What a ModelConfig of `vit` tells. Raises ModelNotServed if that is not our model."""
     dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
     text = {name: value.string_value for name, value in config.parameters.items()}
@@ -93,7 +97,7 @@ def model(config: Any, version: str) -> Model:
         depth, rows, columns = dims["neck__2"]
         return Model(
             name=text.get("model_name", ""),
-            version=version,
+            version=text.get("model_version", ""),
             image_size=(height, width),
             classes=dims["probabilities__0"][0],
             embedding_size=dims["embedding__1"][0],

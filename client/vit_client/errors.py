@@ -8,6 +8,7 @@
     ├── InvalidRequest      the server refused the request itself
     ├── AccessDenied        no or wrong token, header or certificate, or no TLS
     ├── ModelNotServed      a server answered, but it does not serve these models
+    ├── ModelChanged        another model answers than before, or than was asked for
     ├── Overloaded          the server is up and has too much to do
     ├── Unavailable         no server could be reached, or it went away
     ├── DeadlineExceeded    no answer in time (also a TimeoutError)
@@ -34,6 +35,7 @@ __all__ = [
     "ConfigurationError",
     "DeadlineExceeded",
     "InvalidRequest",
+    "ModelChanged",
     "ModelNotServed",
     "Overloaded",
     "ServerError",
@@ -46,22 +48,34 @@ class VitClientError(Exception):
     """The root of the tree.
 
     Attributes:
-        message: what went wrong, as one readable text; `str(error)` is the same.
+        message: what went wrong, as one readable text. `str(error)` is the same, with the id of the
+            request after it.
         task: "classify", "probabilities", "embed", "features" or "analyze"; or None outside of
             these.
         details: the server's own words, or None where the server said nothing.
+        request_id: the id of the request that failed, as the server got it and this package logs
+            it (`logging.getLogger("vit_client")`); or None where there was no request.
     """
 
     retryable: ClassVar[bool] = False
     """Whether the same call may succeed later with nothing changed."""
 
     def __init__(
-        self, message: str, *, task: str | None = None, details: str | None = None
+        self,
+        message: str,
+        *,
+        task: str | None = None,
+        details: str | None = None,
+        request_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.task = task
         self.details = details
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"{self.message} [request {self.request_id}]" if self.request_id else self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their positional arguments, which would lose the attributes:
@@ -112,9 +126,10 @@ class BadImage(VitClientError):
         name: str | None,
         task: str | None = None,
         details: str | None = None,
+        request_id: str | None = None,
     ) -> None:
         where = shortened(name) if name is not None else f"image {index}"
-        super().__init__(f"{where}: {reason}", task=task, details=details)
+        super().__init__(f"{where}: {reason}", task=task, details=details, request_id=request_id)
         self.index = index
         self.name = name
         self.reason = reason
@@ -133,8 +148,14 @@ class BadImages(BadImage):
 
     def __init__(self, errors: list[BadImage], results: list[Any]) -> None:
         first = errors[0]
-        super().__init__(first.reason, index=first.index, name=first.name, task=first.task)
-        self.details = first.details
+        super().__init__(
+            first.reason,
+            index=first.index,
+            name=first.name,
+            task=first.task,
+            details=first.details,
+            request_id=first.request_id,
+        )
         self.errors = errors
         self.results = results
         if len(errors) > 1:
@@ -154,6 +175,13 @@ class AccessDenied(VitClientError):
 
 class ModelNotServed(VitClientError):
     """A server answered, but does not serve (or has not loaded) the models this client needs."""
+
+
+class ModelChanged(VitClientError):
+    """Another model answers than before, or than the one that was asked for (`model_version`).
+
+    The answers of two models do not go together: neither in one array or list, nor in one file.
+    During a rolling update both may answer for a while; ask again when it is over."""
 
 
 class Overloaded(VitClientError):
@@ -184,10 +212,11 @@ _OVERLOAD_TEXTS = (
     "failed to increase the shared memory pool size",  # /dev/shm is full
 )
 # As it starts, and already as it stops: with several servers, another one will answer.
-_NOT_LOADED = "has no available versions"
+_NOT_LOADED = re.compile(r"has no available versions|version \d+ is not at ready state")
 # Of a Python model: the process that it runs in has ended, or stands still.
 _MODEL_DIED = "is not healthy"
-_STOPPING_TEXTS = (_NOT_LOADED, "server is stopping")
+# It serves the model, but not the version that was asked for: not these weights.
+_OTHER_VERSION = re.compile(r"unknown model: '[^']*' version \d+ is not found")
 # A request whose lengths contradict its bytes or its shape fails all others of its batch, in every
 # Triton so far, with INVALID_ARGUMENT or INTERNAL. This package writes none, so it was somebody
 # else's. Only from the start: the reason why an image is bad may have any words.
@@ -283,8 +312,10 @@ def from_grpc(
         kind = InvalidRequest
     elif "the target uri is not valid" in lower:
         kind = ConfigurationError
-    elif _NOT_LOADED in lower or _MODEL_DIED in lower or _NEIGHBOUR.match(details):
+    elif _NOT_LOADED.search(lower) or _MODEL_DIED in lower or _NEIGHBOUR.match(details):
         kind = Unavailable
+    elif _OTHER_VERSION.search(details):
+        kind = ModelChanged
     elif "request for unknown model" in lower or _NOT_GRPC in details:
         kind = ModelNotServed
     elif tls and code is grpc.StatusCode.UNAVAILABLE and any(t in details for t in _TLS_TEXTS):
@@ -300,12 +331,18 @@ def _http_meaning(status: int) -> tuple[type[VitClientError], str]:
 def is_stopping(error: VitClientError) -> bool:
     """Whether a server answered, to say that it is about to go."""
     details = (error.details or "").lower()
-    return isinstance(error, Unavailable) and any(text in details for text in _STOPPING_TEXTS)
+    said = _NOT_LOADED.search(details) or "server is stopping" in details
+    return isinstance(error, Unavailable) and bool(said)
 
 
 def is_not_begun(error: VitClientError) -> bool:
     """Whether it is certain that no server has begun to work on the call."""
     return isinstance(error, Unavailable) and (error.details or "").startswith(_NOT_BEGUN)
+
+
+def is_other_model(error: VitClientError) -> bool:
+    """Whether a server answered that it has another model than the one that was asked for."""
+    return isinstance(error, ModelChanged)
 
 
 def is_neighbours(error: VitClientError) -> bool:
@@ -322,7 +359,7 @@ def is_too_large(error: InvalidRequest, size: int) -> bool:
 def _message(
     kind: type[VitClientError], code: grpc.StatusCode, details: str, url: str, timeout: float
 ) -> str:
-    if _NOT_LOADED in details:
+    if _NOT_LOADED.search(details):
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if _MODEL_DIED in details:
         return f"the server at {url} has lost a model ({details})"
@@ -336,6 +373,8 @@ def _message(
         return f"no answer from {url} within {timeout:.3g} s"
     if kind is Overloaded:
         return f"the server at {url} is overloaded ({details})"
+    if kind is ModelChanged:
+        return f"{url} serves another model now than the one that was asked for ({details})"
     if kind is ModelNotServed and _NEWER.search(details):
         return f"the models at {url} were built by a vit-builder older than this client ({details})"
     if kind is ModelNotServed:

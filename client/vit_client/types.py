@@ -88,6 +88,9 @@ class Item(Generic[ResultT]):
     _result: ResultT | None = field(repr=False)
     error: BadImage | None = None
     """Why there is no result. Only ever set with on_error="return"."""
+    model_version: str = ""
+    """Which model the result is from, as in `Model.version`; "" where there is an error. Results
+    of different models must not be compared: a server may be replaced during a stream."""
 
     @property
     def result(self) -> ResultT:
@@ -104,7 +107,9 @@ class Model:
     name: str
     """E.g. "vit_reg4_m16_rms_avg_i-jepa-imagenet21k"."""
     version: str
-    """Triton's version of it, e.g. "1"."""
+    """A number that vit-builder makes of all that decides the answers: weights, labels,
+    precisions, preprocessing, K. Triton's `model_version` in each answer, to any client, is the
+    same. "" if the server does not tell."""
     image_size: tuple[int, int]
     """Height and width in pixels to which the server scales every image."""
     classes: int

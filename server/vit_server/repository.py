@@ -26,10 +26,19 @@ AUTO = "auto"  # how many threads, in preprocess/config.pbtxt
 
 def check(repository: Path) -> None:
     """Raise ServerError unless `repository` has all our models and the builder's files."""
-    try:
-        _check(repository)
-    except PermissionError as e:
-        raise ServerError(f"{e.filename} cannot be read: {e.strerror} (uid {os.getuid()})") from e
+    while True:
+        try:
+            before = repository.stat().st_ino if repository.exists() else 0
+            _check(repository)
+        except PermissionError as e:
+            raise ServerError(
+                f"{e.filename} cannot be read: {e.strerror} (uid {os.getuid()})"
+            ) from e
+        except ServerError:
+            if not before or repository.stat().st_ino == before:
+                raise
+        else:
+            return  # else another one, of another version, took its place meanwhile
 
 
 def _check(repository: Path) -> None:

@@ -1,7 +1,7 @@
 """A gRPC proxy in front of the real server, for what happens on the way to it.
 
 It passes bytes on as they are; it counts and remembers them, holds them up, turns them away as a
-loaded server would, and ends TLS.
+loaded server would, hands them in turn to several servers, and ends TLS.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ class Proxy:
     """A running proxy. Its settings may be changed at any time."""
 
     url: str = ""
+    targets: list[str] = field(default_factory=list)  # the servers, which take turns
     calls: list[str] = field(default_factory=list)  # method names, in order of arrival
     headers: dict[str, str] = field(default_factory=dict)  # of the last call
     delay: float = 0.0  # seconds before each call is passed on
@@ -40,9 +41,23 @@ class Proxy:
     def inferences(self) -> int:
         return self.calls.count("ModelInfer")
 
-    async def handle(
-        self, target: grpc.aio.Channel, method: str, request: bytes, context: Any
-    ) -> Any:
+    def __post_init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._turn = 0
+
+    def target(self) -> grpc.aio.Channel:
+        """To the server whose turn it is."""
+        self._turn += 1
+        url = self.targets[self._turn % len(self.targets)]
+        if url not in self._channels:
+            self._channels[url] = grpc.aio.insecure_channel(url, UNLIMITED)
+        return self._channels[url]
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def handle(self, method: str, request: bytes, context: Any) -> Any:
         self.calls.append(method)
         self.sizes.append(len(request))
         self.headers = dict(context.invocation_metadata())
@@ -56,7 +71,7 @@ class Proxy:
             if self.refusals and method == "ModelInfer":
                 code, words = self.refusals[0] if self.forever else self.refusals.pop(0)
                 await context.abort(code, words)
-            return await target.unary_unary(SERVICE + method)(request)
+            return await self.target().unary_unary(SERVICE + method)(request)
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details())
         except asyncio.CancelledError:
@@ -75,47 +90,44 @@ class Proxy:
 
 
 class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, proxy: Proxy, target: grpc.aio.Channel) -> None:
+    def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
-        self._target = target
 
     def service(self, handler_call_details: Any) -> Any:
         method = handler_call_details.method.rpartition("/")[2]
 
         async def handle(request: bytes, context: Any) -> Any:
-            return await self._proxy.handle(self._target, method, request, context)
+            return await self._proxy.handle(method, request, context)
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
 
 @contextlib.asynccontextmanager
-async def _running(
-    proxy: Proxy, target: str, credentials: grpc.ServerCredentials | None
-) -> AsyncIterator[None]:
-    async with grpc.aio.insecure_channel(target, UNLIMITED) as channel:
-        server = grpc.aio.server(options=UNLIMITED)
-        server.add_generic_rpc_handlers((_Handler(proxy, channel),))
-        if credentials is None:
-            port = server.add_insecure_port("127.0.0.1:0")
-        else:
-            port = server.add_secure_port("127.0.0.1:0", credentials)
-        proxy.url = f"127.0.0.1:{port}"
-        await server.start()
-        try:
-            yield
-        finally:
-            await server.stop(0)
+async def _running(proxy: Proxy, credentials: grpc.ServerCredentials | None) -> AsyncIterator[None]:
+    server = grpc.aio.server(options=UNLIMITED)
+    server.add_generic_rpc_handlers((_Handler(proxy),))
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    proxy.url = f"127.0.0.1:{port}"
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(0)
+        await proxy.close()
 
 
 @contextlib.contextmanager
 def proxying(target: str, credentials: grpc.ServerCredentials | None = None) -> Iterator[Proxy]:
     """A proxy to `target`, on an event loop in a thread of its own."""
-    proxy = Proxy()
+    proxy = Proxy(targets=[target])
     started, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()
 
     async def run() -> None:
-        async with _running(proxy, target, credentials):
+        async with _running(proxy, credentials):
             started.set()
             await stop.wait()
 

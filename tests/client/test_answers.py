@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import built
 from PIL import Image
 from vit_client import BadImage, BadImages, Client, ImageLike, Prediction
 
@@ -126,7 +127,7 @@ def test_bad_images_do_not_cost_their_neighbours_the_answers(
     ]
     assert [index for index, result in enumerate(bad.results) if result is None] == [2, 17, 18, 39]
     np.testing.assert_allclose(bad.results[38], client.embed(images[38]), atol=1e-5)
-    assert str(bad).endswith("(and 3 more of 40 images)")
+    assert bad.message.endswith("(and 3 more of 40 images)")
     assert bad.index == 2
 
 
@@ -144,7 +145,7 @@ def test_top_k_is_checked(client: Client) -> None:
         client.classify(encoded(0), top_k=0)
 
 
-def test_the_model_is_described(client: Client) -> None:
+def test_the_model_is_described(client: Client, tiny_repository: Path) -> None:
     model = client.model()
     assert model.image_size == (64, 64)
     assert model.classes == 12
@@ -152,5 +153,5 @@ def test_the_model_is_described(client: Client) -> None:
     assert model.feature_shape == (64, 4, 4)
     assert model.max_batch_size == 16
     assert model.precision == "fp32"
-    assert model.version == "1"
+    assert model.version == built(tiny_repository, "vit").name
     assert client.model() is model

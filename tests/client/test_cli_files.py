@@ -14,6 +14,7 @@ import safetensors.numpy
 from PIL import Image
 from vit_client import Analysis, Client, Prediction
 from vit_client.cli import _tables
+from vit_client.cli._embed import describe
 from vit_client.cli._features import principal_colours
 
 from .conftest import encoded
@@ -376,15 +377,26 @@ def test_two_runs_do_not_mix(url: str, photos: Path, tmp_path: Path) -> None:
     journal.close()
 
 
-def test_another_models_partial_result_is_dropped(url: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("images", [0, 1])
+def test_another_models_partial_result(url: str, photos: Path, tmp_path: Path, images: int) -> None:
+    """Is neither mixed with this one's nor thrown away."""
     from vit_client.cli._journal import Journal
 
-    journal = Journal(tmp_path / "out.npz", "another model", 0)
-    journal.add(str(photos / "00.png"), Analysis([], np.zeros(64, np.float32)))
+    output = tmp_path / "out.npz"
+    journal = Journal(output, "another model", 0)
+    for number in range(images):
+        journal.add(str(photos / f"{number:02}.png"), Analysis([], np.zeros(64, np.float32)))
     journal.close()
-    ran = vit_client(url, "embed", photos, "-o", tmp_path / "out.npz")
-    assert "resuming" not in ran.stderr
-    with np.load(tmp_path / "out.npz") as arrays:
+    ran = vit_client(url, "embed", photos, "-o", output)
+    if images:
+        assert f"{output}.partial has 1 images by another model than this server's" in ran.stderr
+        assert "delete it to begin anew" in ran.stderr
+        assert ran.returncode == 2
+        assert not output.exists()
+        Path(f"{output}.partial").unlink()
+        ran = vit_client(url, "embed", photos, "-o", output)
+    assert ran.stderr == ""
+    with np.load(output) as arrays:
         assert np.abs(arrays["embeddings"][0]).sum() > 0
 
 
@@ -434,15 +446,30 @@ def test_similar_wants_a_file_of_embeddings(
     assert ran.returncode == 2
 
 
-def test_similar_warns_of_another_model(
-    url: str, client: Client, photos: Path, tmp_path: Path
+@pytest.mark.parametrize("told", ["this", "older", "none", "other", "other version", "other name"])
+def test_similar_refuses_another_model(
+    url: str, client: Client, photos: Path, tmp_path: Path, told: str
 ) -> None:
     file = tmp_path / "other.npz"
     embeddings = client.embed([photos / "00.png"])
-    np.savez(file, embeddings=embeddings, images=np.array(["x"]), model=np.array("other"))
+    model = json.loads(describe(client.model()))
+    if told == "other version":
+        model["model_version"] = "12345"
+    elif told != "this":
+        del model["model_version"]  # as an older vit-client wrote it
+    if told == "other name":
+        model["name"] = "other"
+    text = {"none": "", "other": "other"}.get(told, json.dumps(model))
+    np.savez(file, embeddings=embeddings, images=np.array(["x"]), model=np.array(text))
     ran = vit_client(url, "similar", photos / "00.png", "--to", file)
-    assert ran.stdout == " 1.0000  x\n"
-    assert "of another model" in ran.stderr
+    if "other" in told:
+        assert f"{file} is of another model than the server's" in ran.stderr
+        assert client.model().version in ran.stderr
+        assert ran.stdout == ""
+        assert ran.returncode == 2
+    else:
+        assert ran.stdout == " 1.0000  x\n"
+        assert ran.stderr == ""
     np.savez(file, embeddings=embeddings[:, :5], images=np.array(["x"]))
     ran = vit_client(url, "similar", photos / "00.png", "--to", file)
     assert "gives 64 numbers" in ran.stderr

@@ -74,13 +74,13 @@ def test_the_bound_of_a_server_that_tells_none(
 ) -> None:
     right = _wire.model
 
-    def model(config: Any, version: str) -> Any:
+    def model(config: Any) -> Any:
         changed = model_config_pb2.ModelConfig()
         changed.CopyFrom(config)
         changed.parameters.pop("max_request_bytes", None)
         for name, value in told.items():
             changed.parameters[name].string_value = value
-        return right(changed, version)
+        return right(changed)
 
     monkeypatch.setattr(_wire, "model", model)
     assert client.model().max_request_bytes == bytes_

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._sync import Client
-from ..errors import ConfigurationError, shortened
+from ..errors import ConfigurationError, ModelChanged, shortened
 from ..types import Analysis, Model, Task
 from . import _tables
 from ._common import (
@@ -43,7 +43,7 @@ def embed_to_file(options: Namespace) -> int:
             raise ConfigurationError(f"--top-k must be from 1 to {model.max_top_k}, not {top_k}")
         journal = Journal(output, describe(model), top_k)
         try:
-            failed = _embed_missing(client, names, journal, top_k)
+            failed = _embed_missing(client, names, journal, top_k, model.version)
             good = [name for name in names if name not in failed]
             if good:
                 if not options.overwrite:
@@ -53,10 +53,9 @@ def embed_to_file(options: Namespace) -> int:
                 width = model.embedding_size
                 table = _tables.Table(images, width, top_k, blocks, describe(model))
                 _tables.write(output, table)
-        except BaseException:
+        except BaseException as failure:
             journal.close()
-            kept = shortened(journal.path)
-            note(f"{kept} keeps what was done: the same command goes on from there")
+            note(_kept(journal, gone=isinstance(failure, ModelChanged)))
             raise
         journal.delete()
     if good:
@@ -64,6 +63,16 @@ def embed_to_file(options: Namespace) -> int:
         with_classes = f", and the {classes} of each" if top_k else ""
         print(f"{output}: {len(good)} × {model.embedding_size} float32{with_classes}")
     return IMAGES_FAILED if failed or told else OK
+
+
+def _kept(journal: Journal, *, gone: bool) -> str:
+    kept = f"{shortened(journal.path)} keeps what was done"
+    if gone:
+        return (
+            f"{kept}: delete it to begin anew with the model that answers now, or give the --url "
+            "of a server with the one from before to the same command, which goes on from there"
+        )
+    return f"{kept}: the same command goes on from there"
 
 
 def _keep_other_images(output: Path, names: Sequence[str]) -> None:
@@ -88,14 +97,25 @@ def _keep_other_images(output: Path, names: Sequence[str]) -> None:
 
 
 def describe(model: Model) -> str:
-    """What has to be the same for embeddings to be comparable."""
+    """Which model the numbers in a file are of."""
     return json.dumps(
-        {"name": model.name, "weights_sha256": model.weights_sha256, "size": model.embedding_size}
+        {
+            "name": model.name,
+            "weights_sha256": model.weights_sha256,
+            "size": model.embedding_size,
+            "model_version": model.version,
+        }
     )
 
 
-def _embed_missing(client: Client, names: Sequence[str], journal: Journal, top_k: int) -> set[str]:
-    """Fill the journal; returns the names that failed."""
+def _embed_missing(
+    client: Client, names: Sequence[str], journal: Journal, top_k: int, version: str
+) -> set[str]:
+    """Fill the journal, with answers of one model; returns the names that failed.
+
+    Raises:
+        ModelChanged: Another one has taken its place.
+    """
     done = journal.done(names) - {STDIN}
     missing = [name for name in names if name not in done]
     if done:
@@ -103,7 +123,14 @@ def _embed_missing(client: Client, names: Sequence[str], journal: Journal, top_k
     failed = set()
     bar = progress(output_on_stdout=False)
     task: Task = "analyze" if top_k else "embed"
-    stream = client.stream(Images(missing), task=task, top_k=top_k, on_error="return", progress=bar)
+    stream = client.stream(
+        Images(missing),
+        task=task,
+        top_k=top_k,
+        on_error="return",
+        progress=bar,
+        model_version=version or None,
+    )
     for item, name in zip(stream, missing, strict=True):
         if item.error is None:
             journal.add(name, item.result if top_k else Analysis([], item.result))

@@ -42,11 +42,11 @@ def features_to_file(options: Namespace) -> int:
     if options.picture:
         _check_picture(Path(options.picture), names[0])
     with connect(options) as client:
-        model = client.model()
         # A pipe can be read only once, and the picture is to show what was sent.
         source = Source(names[0])
         there = names[0] == STDIN or os.path.exists(names[0])  # noqa: PTH110
         neck = client.features(cast("BinaryIO", source) if there else names[0])["neck"]
+        model = client.model()  # afterwards: the one that has answered
     if output is not None:
         metadata = {"image": escaped(names[0]), "model": describe(model)}
         with replacing(output) as temporary:

@@ -28,11 +28,11 @@ class Journal:
     """
 
     def __init__(self, output: Path, model: str, top_k: int) -> None:
-        """Open the journal of `output`, or begin one. What a run left that asked another model, or
-        for another number of classes, is dropped.
+        """Open the journal of `output`, or begin one. What a run left that asked for another number
+        of classes is dropped.
 
         Raises:
-            ConfigurationError: Another run has it open, or it is damaged.
+            ConfigurationError: It is of another model, another run has it open, or it is damaged.
             CannotWrite: No permission, or the disk is full; here and in the other methods.
         """
         self.path = output.with_name(output.name + ".partial")
@@ -44,6 +44,8 @@ class Journal:
             # Holds the file until it is closed, so that two runs cannot mix.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("CREATE TABLE IF NOT EXISTS model (model TEXT)")
+            for (left,) in self._db.execute("SELECT model FROM model").fetchall():
+                self._refuse_another(left.rsplit(", top_k ", 1)[0], model)
             if self._db.execute("SELECT model FROM model").fetchall() != [(asked,)]:
                 self._db.execute("DELETE FROM model")
                 self._db.execute("DROP TABLE IF EXISTS rows")
@@ -53,6 +55,20 @@ class Journal:
                 )
                 self._db.execute("INSERT INTO model VALUES (?)", (asked,))
             self._db.commit()
+
+    def _refuse_another(self, left: str, model: str) -> None:
+        """Raise ConfigurationError where there are answers of the model `left`, not of `model`."""
+        if left == model:
+            return
+        (images,) = self._db.execute("SELECT COUNT(*) FROM rows").fetchone()
+        if images:
+            self._db.close()
+            path = shortened(self.path)
+            raise ConfigurationError(
+                f"{path} has {images} images by another model than this server's: delete it to "
+                "begin anew, or give the --url of a server with that model "
+                f"({shortened(left)}; this one: {shortened(model)})"
+            )
 
     def done(self, names: Sequence[str]) -> set[str]:
         """Which of `names` need not be asked again."""

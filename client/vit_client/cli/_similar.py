@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, shortened
+from .._sync import Client
+from ..errors import ConfigurationError, ModelChanged, shortened
 from . import _tables
 from ._common import OK, connect, escaped
 from ._embed import describe
 from ._inputs import image
-from ._report import warning
 from ._show import print_json
 
 Array = npt.NDArray[np.float32]
@@ -23,17 +25,11 @@ def similar(options: Namespace) -> int:
     """Print the best matches, best first; returns the exit code."""
     images, embeddings, model = _tables.read(Path(options.to))
     with connect(options) as client:
-        query = client.embed(image(options.query))
-        current = describe(client.model())
+        query = _embed(client, options, model)
     if embeddings.shape[1] != len(query):
         raise ConfigurationError(
             f"{shortened(options.to)} has embeddings {list(embeddings.shape)}, the server's model "
             f"gives {len(query)} numbers"
-        )
-    if model and model != current:
-        warning(
-            f"{shortened(options.to)} is of another model ({shortened(model)}): its numbers mean "
-            "something else"
         )
     for row, cosine in best(query, embeddings, options.number):
         if options.json:
@@ -41,6 +37,43 @@ def similar(options: Namespace) -> int:
         else:
             print(f"{cosine:7.4f}  {images[row]}")
     return OK
+
+
+def _embed(client: Client, options: Namespace, model: str) -> Array:
+    """The query's embedding, by the model that those of the file are of.
+
+    Raises:
+        ConfigurationError: The server has another one.
+    """
+    told = _read(model)
+    version = str(told.get("model_version", ""))
+    try:
+        stream = client.stream([image(options.query)], model_version=version or None)
+        query: Array = next(stream).result
+    except ModelChanged:
+        same = False
+    else:
+        # An older vit-client has written no version, somebody else perhaps nothing at all.
+        same = bool(version) or not model or told == _older(describe(client.model()))
+    if not same:
+        raise ConfigurationError(
+            f"{shortened(options.to)} is of another model than the server's, and embeddings of two "
+            f"models cannot be compared ({shortened(model)}; the server's: "
+            f"{shortened(describe(client.model()))})"
+        )
+    return query
+
+
+def _read(model: str) -> dict[str, Any]:
+    try:
+        told = json.loads(model)
+    except ValueError:
+        told = None
+    return told if isinstance(told, dict) else {}
+
+
+def _older(model: str) -> dict[str, Any]:
+    return {name: value for name, value in _read(model).items() if name != "model_version"}
 
 
 def best(query: Array, embeddings: Array, number: int) -> list[tuple[int, float]]:

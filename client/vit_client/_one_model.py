@@ -1,0 +1,65 @@
+"""Answers of one model for a whole list, where another takes its place meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from ._engine import Engine
+from ._question import Question
+from .errors import BadImage, ModelChanged
+from .types import Item
+
+
+async def ask(engine: Engine, asked: Question, images: Any, timeout: float) -> list[Item[Any]]:
+    """Items of all images, in order, all of one model.
+
+    During a rolling update the first rows may be from one model and the last from another. Then
+    those of the others are asked again, of the one that answered last; and all of them, if that has
+    gone as well.
+
+    Raises:
+        ModelChanged: They are still of several models after `timeout` seconds more.
+    """
+    items = [item async for batch in engine.batches(asked, images, timeout) for item in batch]
+    deadline = time.monotonic() + timeout
+    while len(set(versions := [item.model_version for item in items if not item.error])) > 1:
+        if time.monotonic() >= deadline:
+            raise ModelChanged(
+                f"{engine.connection.settings.target} answers with several models (versions "
+                f"{', '.join(sorted(set(versions)))}), as during a rolling update; "
+                f"{timeout:g} s were not enough to have all answers from one of them",
+                task=asked.task,
+            )
+        last = versions[-1]
+        others = [item for item in items if not item.error and item.model_version != last]
+        try:
+            await _again(engine, asked.of_model(last), items, others, timeout)
+        except ModelChanged:
+            await _again(engine, asked, items, list(items), timeout)
+    return items
+
+
+async def _again(
+    engine: Engine, asked: Question, items: list[Item[Any]], these: list[Item[Any]], timeout: float
+) -> None:
+    """Put new answers in the places of `these`."""
+    old = iter(these)
+    async for batch in engine.batches(asked, [item.image for item in these], timeout):
+        for item, place in zip(batch, old, strict=False):
+            items[place.index] = _moved(item, place.index)
+
+
+def _moved(item: Item[Any], index: int) -> Item[Any]:
+    error = item.error
+    if error is not None:
+        error = BadImage(
+            error.reason,
+            index=index,
+            name=error.name,
+            task=error.task,
+            details=error.details,
+            request_id=error.request_id,
+        )
+    return dataclasses.replace(item, index=index, error=error)

@@ -1,0 +1,239 @@
+"""Which model answered: two with different weights behind one name, as during a rolling update."""
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vit_builder
+from conftest import GOLDENS, Server, built, serving
+from tritonclient.grpc import InferenceServerClient, InferInput
+from vit_client import AsyncClient, BadImages, Client, ModelChanged
+
+from .conftest import encoded
+from .proxy import Proxy
+from .test_cli import vit_client
+
+IMAGES = [encoded(seed) for seed in range(40)]
+
+
+@pytest.fixture(scope="module")
+def other_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tiny model with other weights."""
+    tiny = vit_builder.load(GOLDENS / "tiny.pt")
+    name = "norm.weight"
+    state = {**tiny.state, name: tiny.state[name] * 3}
+    folder = tmp_path_factory.mktemp("other") / "models"
+    settings = vit_builder.Settings(precision="fp32", max_batch_size=16, top_k=12)
+    vit_builder.build(dataclasses.replace(tiny, state=state), settings, folder)
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def urls(tiny_server: Server, other_server: Server) -> list[str]:
+    return [tiny_server.url, other_server.url]
+
+
+def version(server: Server) -> str:
+    return built(server.repository, "vit").name
+
+
+def embeddings(url: str) -> np.ndarray:
+    with Client(url) as client:
+        return client.embed(IMAGES)
+
+
+def test_every_client_sees_the_same_number(tiny_server: Server) -> None:
+    with Client(tiny_server.url) as client:
+        assert client.model().version == version(tiny_server)
+        (item,) = client.stream(IMAGES[:1])
+        assert item.model_version == version(tiny_server)
+    with InferenceServerClient(tiny_server.url) as triton:
+        tensor = InferInput("image", [1, 1], "BYTES")
+        tensor.set_data_from_numpy(np.array([[IMAGES[0]]], np.object_))
+        answer = triton.infer("embed", [tensor], request_id="mine")
+        assert answer.get_response().model_version == version(tiny_server)
+        assert answer.get_response().id == "mine"
+    curl = subprocess.run(
+        [
+            *("curl", "--silent", "--fail", "--data-binary", "@-"),
+            *("-H", "Inference-Header-Content-Length: 0"),
+            f"{tiny_server.http_url}/v2/models/classify/infer",
+        ],
+        input=IMAGES[0],
+        capture_output=True,
+        check=True,
+    )
+    assert f'"model_version":"{version(tiny_server)}"'.encode() in curl.stdout
+    with urllib.request.urlopen(tiny_server.metrics_url, timeout=30) as metrics:
+        assert f'model="embed",version="{version(tiny_server)}"'.encode() in metrics.read()
+
+
+def replacing(proxy: Proxy, new: list[str], after: int) -> Iterator[bytes]:
+    """The images; behind the proxy there are other servers once so many have been answered."""
+    for number, image in enumerate(IMAGES):
+        if number == after:
+            while not proxy.inferences:  # what has been read before is for the old one
+                threading.Event().wait(0.01)
+            proxy.targets = new
+        yield image
+
+
+def test_a_list_is_of_one_model(proxy: Proxy, urls: list[str], other_server: Server) -> None:
+    """The old server is gone before the second half is asked."""
+    with Client(proxy.url) as client:
+        old = client.model()
+        got = client.embed(replacing(proxy, urls[1:], 20))
+        assert client.model().version == version(other_server) != old.version
+    np.testing.assert_allclose(got, embeddings(urls[1]), atol=1e-5)
+    assert np.abs(got - embeddings(urls[0])).max() > 0.1
+
+
+def test_a_list_while_both_answer(proxy: Proxy, urls: list[str]) -> None:
+    proxy.targets = urls
+    both = [embeddings(url) for url in urls]
+    with Client(proxy.url) as client:
+        for _ in range(5):
+            got = client.embed(IMAGES)
+            assert min(np.abs(got - one).max() for one in both) < 1e-5
+
+
+def test_bad_images_in_a_list_while_both_answer(proxy: Proxy, urls: list[str]) -> None:
+    proxy.targets = urls
+    images = [*IMAGES[:20], b"bad", *IMAGES[20:], b"worse"]
+    both = [embeddings(url) for url in urls]
+    with Client(proxy.url) as client, pytest.raises(BadImages) as caught:
+        client.embed(images)
+    bad = caught.value
+    assert [error.index for error in bad.errors] == [20, 41]
+    got = np.stack([result for result in bad.results if result is not None])
+    assert min(np.abs(got - one).max() for one in both) < 1e-5
+
+
+def test_two_that_go_on_answering_are_an_error(proxy: Proxy, urls: list[str]) -> None:
+    """Each time that one of them is asked for, the other one is there."""
+
+    async def contrary(method: str, request: bytes, context: object) -> object:
+        others = [url for url, number in zip(urls, versions, strict=True) if number not in request]
+        proxy.targets = [others[proxy.inferences % len(others)]]
+        return await handle(method, request, context)
+
+    versions = []
+    for url in urls:
+        with Client(url) as client:
+            versions.append(client.model().version.encode())
+    handle = proxy.handle
+    proxy.handle = contrary  # type: ignore[method-assign, assignment]
+    with Client(proxy.url, timeout=3) as client, pytest.raises(ModelChanged) as caught:
+        client.embed(IMAGES)
+    assert "answers with several models" in str(caught.value)
+    assert all(number.decode() in str(caught.value) for number in versions)
+    assert caught.value.task == "embed"
+    assert caught.value.request_id
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stream_tells_the_model_of_each(
+    proxy: Proxy, urls: list[str], asynchronous: bool
+) -> None:
+    async def collect() -> list[tuple[str, np.ndarray]]:
+        async with AsyncClient(proxy.url) as client:
+            stream = client.stream(replacing(proxy, urls[1:], 20))
+            return [(item.model_version, item.result) async for item in stream]
+
+    if asynchronous:
+        items = asyncio.run(collect())
+    else:
+        with Client(proxy.url) as client:
+            stream = client.stream(replacing(proxy, urls[1:], 20))
+            items = [(item.model_version, item.result) for item in stream]
+    expected = {}
+    for url in urls:
+        with Client(url) as client:
+            expected[client.model().version] = client.embed(IMAGES)
+    assert {number for number, _ in items} == expected.keys()
+    for row, (number, got) in enumerate(items):
+        np.testing.assert_allclose(got, expected[number][row], atol=1e-5)
+
+
+def test_a_stream_of_one_model_only(proxy: Proxy, urls: list[str], tiny_server: Server) -> None:
+    with Client(proxy.url) as client:
+        first = client.model().version
+        proxy.targets = urls
+        items = list(client.stream(IMAGES, model_version=first))  # of two servers
+        assert {item.model_version for item in items} == {first}
+        proxy.targets = urls[1:]
+        with pytest.raises(ModelChanged, match="another model") as caught:
+            list(client.stream(IMAGES, model_version=first, request_id="mine"))
+        assert caught.value.request_id.startswith("mine")
+        with pytest.raises(ValueError, match="model_version must be a number as text"):
+            client.stream(IMAGES, model_version="latest")
+    assert first == version(tiny_server)
+
+
+def test_a_client_learns_of_the_new_model(proxy: Proxy, urls: list[str]) -> None:
+    with Client(proxy.url) as client:
+        old = client.model()
+        proxy.targets = urls[1:]
+        client.embed(IMAGES[0])
+        new = client.model()
+        proxy.targets = urls[:1]
+        client.embed(IMAGES[0])
+        assert client.model() == old != new
+        # The two that have told of themselves are not asked again.
+        assert proxy.calls.count("ModelConfig") == 2
+
+
+def test_embed_to_a_file_is_of_one_model(
+    proxy: Proxy, urls: list[str], photos: Path, tmp_path: Path
+) -> None:
+    """The new server comes in the middle; the same command is refused; and then it begins anew."""
+    output, partial = tmp_path / "out.npz", tmp_path / "out.npz.partial"
+    command = ["embed", photos, "-o", output]
+    for number in range(20):  # several requests
+        for copy in range(4):
+            (photos / f"{number:02}-{copy}.png").write_bytes(encoded(100 * copy + number))
+    handle, versions = proxy.handle, []
+    for url in urls:
+        with Client(url) as client:
+            versions.append(client.model().version)
+
+    async def handle_and_replace(method: str, request: bytes, context: object) -> object:
+        if proxy.inferences == 3:
+            proxy.targets = urls[1:]
+        return await handle(method, request, context)
+
+    proxy.handle = handle_and_replace  # type: ignore[method-assign, assignment]
+    ran = vit_client(proxy.url, *command)
+    assert ran.returncode == 4, ran.stderr
+    assert f"{proxy.url} serves another model now" in ran.stderr
+    assert f"{partial} keeps what was done: delete it to begin anew" in ran.stderr
+    assert partial.exists()
+    assert not output.exists()
+
+    ran = vit_client(urls[1], *command)
+    assert ran.returncode == 2
+    assert "images by another model than this server's: delete it to begin anew" in ran.stderr
+    assert all(number in ran.stderr for number in versions)
+
+    ran = vit_client(urls[0], *command)  # a server of the first model: goes on
+    assert "resuming" in ran.stderr
+    assert ran.returncode == 0
+    images = sorted(photos.iterdir())
+    with np.load(output) as arrays, Client(urls[0]) as client:
+        assert json.loads(str(arrays["model"]))["model_version"] == versions[0]
+        np.testing.assert_allclose(arrays["embeddings"], client.embed(images), atol=1e-5)
+
+    ran = vit_client(urls[1], "similar", images[0], "--to", output)
+    assert ran.returncode == 2
+    assert "is of another model than the server's" in ran.stderr
+    proxy.handle, proxy.targets = handle, urls  # type: ignore[method-assign]
+    ran = vit_client(proxy.url, "similar", images[0], "--to", output, "-n", "1")
+    assert ran.stdout == f" 1.0000  {images[0]}\n"  # of the two, the one that it is of was asked
