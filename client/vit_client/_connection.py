@@ -171,7 +171,9 @@ class Connection:
                     retrying(name, error, number, pause)
                     await asyncio.sleep(pause)
                 else:
-                    log.debug("%s: answered in %.3f s", name, time.monotonic() - begun)
+                    log.debug(
+                        "%s: answered in %.3f s%s", name, time.monotonic() - begun, _by(response)
+                    )
                     self._overload_budget.success()
                     self._neighbour_budget.success()
                     return response
@@ -296,6 +298,11 @@ class Connection:
     async def _ask_model(self, timeout: float) -> Model:
         request = pb.ModelConfigRequest(name=_wire.MODEL)
         return _wire.model((await self.call("ModelConfig", request, timeout=timeout)).config)
+
+
+def _by(response: Any) -> str:
+    version = getattr(response, "model_version", "")
+    return f", by model version {version}" if version else ""
 
 
 def forked(pid: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from tritonclient.grpc import service_pb2 as pb
 
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 SERVICE = "/inference.GRPCInferenceService/"
@@ -26,6 +27,7 @@ class Proxy:
     targets: list[str] = field(default_factory=list)  # the servers, which take turns
     calls: list[str] = field(default_factory=list)  # method names, in order of arrival
     headers: dict[str, str] = field(default_factory=dict)  # of the last call
+    ids: list[str] = field(default_factory=list)  # of the inference requests
     delay: float = 0.0  # seconds before each call is passed on
     # (status, words) for calls to come, one each; the last one stays if `forever`
     refusals: list[tuple[grpc.StatusCode, str]] = field(default_factory=list)
@@ -61,6 +63,8 @@ class Proxy:
         self.calls.append(method)
         self.sizes.append(len(request))
         self.headers = dict(context.invocation_metadata())
+        if method == "ModelInfer":
+            self.ids.append(pb.ModelInferRequest.FromString(request).id)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
