@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -124,7 +124,7 @@ def question(
         answers,
         top_k if "predictions" in answers else 0,
         into,
-        uuid.uuid4().hex[:16] if request_id is None else _checked(request_id),
+        os.urandom(8).hex() if request_id is None else _checked(request_id),
         model_version or "",
     )
 

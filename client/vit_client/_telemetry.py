@@ -98,20 +98,17 @@ class Telemetry:
     @contextlib.contextmanager
     def attempt(self, method: str, message: Any) -> Iterator[Metadata]:
         """One try of a request: a span, and the metadata that it is sent with."""
-        if not _installed:
-            yield self._metadata
-            return
-        attributes = {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": method}
-        kind = trace.SpanKind.CLIENT
-        name = f"{_SERVICE}/{method}"
-        with self._span(name, {**attributes, **self._server}, kind=kind) as span:
+        called = {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": method}
+        with self._span(f"{_SERVICE}/{method}", called | self._server, sends=True) as span:
+            if span is None:
+                yield self._metadata
+                return
             if span.is_recording() and method == "ModelInfer":
                 span.set_attribute("vit.request_id", message.id)
                 span.set_attribute("vit.images", message.inputs[0].shape[0])
                 span.set_attribute("vit.bytes", message.ByteSize())
             carrier: dict[str, str] = {}
-            if span.get_span_context().is_valid:
-                propagate.inject(carrier)
+            propagate.inject(carrier)
             own = {name for name, _ in self._metadata}
             added = ((name, value) for name, value in carrier.items() if name not in own)
             code = 0
@@ -125,14 +122,17 @@ class Telemetry:
 
     @contextlib.contextmanager
     def _span(
-        self, name: str, attributes: Mapping[str, Any], *, current: bool = True, kind: Any = None
+        self, name: str, attributes: Mapping[str, Any], *, current: bool = True, sends: bool = False
     ) -> Iterator[Any]:
-        """A span, or None where there can be none; it tells the error that ends it."""
+        """A span, which tells the error that ends it; or None where nobody wants one."""
         if not _installed:
             yield None
             return
-        kind = kind or trace.SpanKind.INTERNAL
+        kind = trace.SpanKind.CLIENT if sends else trace.SpanKind.INTERNAL
         span = self._tracer.start_span(name, kind=kind, attributes=attributes)
+        if not span.get_span_context().is_valid:  # there is no provider, and no trace to pass on
+            yield None
+            return
         try:
             with _under(span if current else None):
                 yield span
