@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ipaddress
 import os
 import re
 import secrets
@@ -12,8 +11,9 @@ import ssl
 import sys
 from pathlib import Path
 
-from . import gpu, installation, memory, probe, repository, tritonserver
+from . import gpu, installation, memory, options, probe, repository, tritonserver
 from .http_front import HttpFront
+from .installation import Installation
 from .process import STOPS, Crashed, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
 from .workspace import workspace
@@ -21,32 +21,23 @@ from .workspace import workspace
 
 def main() -> None:
     """Entry point of the command."""
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    flags = words[cut + 1 :]
-    serves = "--help" not in flags
-    parser = _parser(serves=serves)
-    args = parser.parse_args(words[:cut])
-    if bool(args.tls_certificate) != bool(args.tls_key) or (
-        args.tls_client_ca and not args.tls_key
-    ):
-        parser.error("TLS needs both --tls-certificate and --tls-key")
+    args, flags = options.read(sys.argv[1:])
     try:
-        if not serves:
-            found = installation.find(getattr(args, "tritonserver", None))
+        found = installation.find(args.tritonserver)
+        if "--help" in flags:
             print(installation.help_text(found), end="")
             return
-        sys.exit(_serve_or_tell(args, flags))
+        sys.exit(_serve_or_tell(found, args, flags))
     except ServerError as e:
         sys.exit(f"vit-server: {e}{memory.told()}")
 
 
-def _serve_or_tell(args: argparse.Namespace, flags: list[str]) -> int:
+def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[str]) -> int:
     """`serve`, again where that may help, or may tell why it does not."""
     tries_left = 2
     while True:
         try:
-            return serve(args, flags)
+            return serve(found, args, flags)
         except probe.Stalled as e:
             if not tries_left or memory.told():
                 raise
@@ -57,11 +48,13 @@ def _serve_or_tell(args: argparse.Namespace, flags: list[str]) -> int:
                 raise
             # A warm-up that fails ends Triton without a reason (139, or 134), most of the time.
             say(f"vit-server: {e}; trying it without warm-up, to learn more")
-            serve(args, flags, warm_up=False)
+            serve(found, args, flags, warm_up=False)
             raise
 
 
-def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -> int:
+def serve(
+    found: Installation, args: argparse.Namespace, flags: list[str], *, warm_up: bool = True
+) -> int:
     """Run tritonserver, with further flags of its own, until it ends; the exit code.
 
     Without `warm_up` it only tries whether the models answer.
@@ -75,7 +68,6 @@ def serve(args: argparse.Namespace, flags: list[str], *, warm_up: bool = True) -
     repository.check(args.model_repository)
     tls = _tls(args)
     key = _admin_key() or secrets.token_hex(16)
-    found = installation.find(getattr(args, "tritonserver", None))
     with (
         workspace() as own,
         contextlib.ExitStack() as opened,
@@ -209,106 +201,3 @@ def _listen(host: str, name: str, port: int) -> socket.socket:
         reason = f"cannot listen on {host} port {port}: {e.strerror}"
         raise ServerError(f"{reason}; choose with --host and --{name}-port") from e
     return listening
-
-
-def _address(text: str) -> str:
-    if text == "localhost":
-        return "127.0.0.1"
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not an IP address") from None
-
-
-def _port(text: str) -> int:
-    number = int(text) if text.isdecimal() else -1
-    if not 0 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
-    return number
-
-
-def _seconds(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if not 1 <= number <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of seconds, 1 to 86400")
-    return number
-
-
-def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vit-server",
-        usage="%(prog)s --model-repository DIR [options] [-- --triton-flag …]",
-        description="Serve a model repository with the real tritonserver, in the foreground, until "
-        "Ctrl-C or SIGTERM, which let what was accepted be answered (a second one does not). Takes "
-        "the GPU where there is one. Exit codes: 0 stopped as asked; 1 it could not start, a "
-        "model's process has ended, or not all was answered; 130 stopped at once; else "
-        "tritonserver's.",
-        epilog="What follows -- goes to tritonserver as it is (vit-server -- --help lists its "
-        "flags). In the environment: OMP_NUM_THREADS, the cores to use, else all that this "
-        "process may use (how many processes decode images follows from them); VIT_ADMIN_KEY, "
-        "which opens the calls that are closed (shared memory, model repository, trace, logging) "
-        "to those who send it as the header vit-admin-key over HTTP, or "
-        "triton-grpc-protocol-vit-admin-key over gRPC.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add(
-        "--model-repository",
-        type=Path,
-        required=serves,
-        metavar="DIR",
-        help="what vit-builder wrote",
-        default=argparse.SUPPRESS,
-    )
-    add(
-        "--tritonserver",
-        type=Path,
-        metavar="DIR",
-        help="take the tritonserver in there, with its backends python and pytorch; without this "
-        "NVIDIA's, in /opt/tritonserver, or the one of the extra vit-server[embedded]",
-        default=argparse.SUPPRESS,
-    )
-    add(
-        "--host",
-        type=_address,
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="address to listen on. Without TLS there is no encryption and no login: keep it on "
-        "loopback",
-    )
-    add(
-        "--grpc-port",
-        type=_port,
-        default=8001,
-        metavar="PORT",
-        help="what vit-client talks to; 0 takes a free one, for each of the three",
-    )
-    add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls over HTTP")
-    add(
-        "--metrics-port",
-        type=_port,
-        default=8002,
-        metavar="PORT",
-        help="for Prometheus, at --host and always without encryption",
-    )
-    add(
-        "--grpc-max-connection-age",
-        type=_seconds,
-        default=30,
-        metavar="SECONDS",
-        help="then a client is asked to connect anew, which costs it no request. It looks its name "
-        "up again, and so finds servers that were added",
-    )
-    tls = parser.add_argument_group(
-        "TLS for gRPC (HTTP has none, and then stays on loopback; metrics do not)"
-    )
-    tls.add_argument("--tls-certificate", type=Path, metavar="FILE", help="the server's, as PEM")
-    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, as PEM")
-    tls.add_argument(
-        "--tls-client-ca",
-        type=Path,
-        metavar="FILE",
-        help="mutual TLS: clients must have a certificate that one of these has signed",
-    )
-    add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
-    return parser

@@ -14,7 +14,7 @@ from nvidia import container, status
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 from vit_client import Client, Unavailable
-from vit_server import cli
+from vit_server import options
 
 from . import rendered
 from .rendered import FOLDER, ROOT, Object, find
@@ -114,7 +114,7 @@ def test_arguments_are_what_vit_server_takes(folder: str) -> None:
     _, container = rendered.server(rendered.kustomize(FOLDER / folder))
     command, *arguments = container["args"]
     assert command == "vit-server"
-    args = cli._parser().parse_args(arguments)
+    args, _ = options.read(arguments)
     if folder == "kserve":
         assert str(args.model_repository) == "/mnt/models"  # where KServe mounts it
         return
