@@ -11,7 +11,7 @@ import ssl
 import sys
 from pathlib import Path
 
-from . import gpu, installation, memory, options, probe, repository, tritonserver
+from . import gpu, installation, memory, options, probe, repository, tracing, tritonserver
 from .http_front import HttpFront
 from .installation import Installation
 from .process import STOPS, Crashed, TritonProcess, allow_all_files, say
@@ -84,23 +84,27 @@ def serve(
             env["VIT_DEVICE"] = "cuda"  # nowhere else, whatever torch says
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         flags = [*tritonserver.log_flags(args.verbose), *flags]
-        age = args.grpc_max_connection_age
-        command = tritonserver.command(
-            found.binary, backends, models, own.shm_prefix, ports, tls, age, key, flags
-        )
+        ours = [
+            *tritonserver.serving(backends, models, key),
+            *tritonserver.listening(ports, tls, args.grpc_max_connection_age),
+            *(tracing.flags(args.otlp, args.trace_rate or 0) if args.otlp else []),
+        ]
+        command = tritonserver.command(found.binary, ours, own.shm_prefix, flags)
         # preprocess looks there how much waits for vit.
         env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
         python_models = {name: repository.processes(models, name) for name in found.python_models}
         process = TritonProcess(command, env, python_models, args.verbose)
         try:
             say("Starting tritonserver …")
+            if args.otlp and found.backends is None:
+                say(f"vit-server: --otlp: {tracing.CRASH}")
             probe.wait_until_answering(process, ports, key)
             if largest and not process.stopping:
                 probe.try_largest_batch(ports, largest)
             if largest or process.stopping:
                 return process.stop()
             process.ready()
-            _tell(ports, tls)
+            _tell(ports, tls, args)
             code = _run(process, ports, models)
         finally:
             opened.close()  # its connections take the files that the rest needs
@@ -136,15 +140,21 @@ def _leave(*_: object) -> None:
     sys.exit(0)
 
 
-def _tell(ports: Ports, tls: Tls | None) -> None:
+def _tell(ports: Ports, tls: Tls | None, args: argparse.Namespace) -> None:
     http, metrics = (bracketed(*listening.getsockname()[:2]) for listening in ports.routes)
     lines = [
         f"gRPC     {'grpcs://' if tls else ''}{bracketed(ports.host, ports.grpc)}",
         f"HTTP     http://{http}",
         f"metrics  http://{metrics}/metrics",
+        *([f"traces   to {args.otlp}: {_traced(args.trace_rate)}"] if args.otlp else []),
         "Ready: every model has answered. Ctrl-C stops.",
     ]
     say("\n".join(lines), sys.stdout)
+
+
+def _traced(rate: int | None) -> str:
+    others = {0: "no other", 1: "all others"}.get(rate or 0, f"one in {rate} others")
+    return f"requests that bring a trace of their own, and {others}"
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:

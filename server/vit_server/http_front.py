@@ -37,6 +37,8 @@ from aiohttp import (
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from .tracing import unwanted
+
 MAX_REQUEST_BYTES = 64 << 20
 BODIES = 8  # of the largest size, that may be in memory at once
 BODY_SECONDS = 60  # for a body to arrive
@@ -183,6 +185,8 @@ class HttpFront:
         headers = _passing(request.headers)
         if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
             del headers["Content-Encoding"]  # aiohttp has undone it
+        if unwanted(headers):
+            del headers["traceparent"]
         if "Content-Type" in headers:
             headers["Content-Type"] = "application/octet-stream"  # Triton asks for none
         # Triton 2.51 sends a body with the answer to HEAD, too.

@@ -4,6 +4,8 @@ import argparse
 import ipaddress
 from pathlib import Path
 
+from . import tracing
+
 
 def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """`words` as options, and the flags for tritonserver after `--`.
@@ -13,12 +15,15 @@ def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     cut = words.index("--") if "--" in words else len(words)
     flags = words[cut + 1 :]
     options = _parser(serves="--help" not in flags)
-    # Its option has no default, which help would show.
-    args = options.parse_args(words[:cut], argparse.Namespace(tritonserver=None))
+    # Their options have no defaults, which help would show.
+    unsaid = argparse.Namespace(tritonserver=None, otlp=None, trace_rate=None)
+    args = options.parse_args(words[:cut], unsaid)
     if bool(args.tls_certificate) != bool(args.tls_key) or (
         args.tls_client_ca and not args.tls_key
     ):
         options.error("TLS needs both --tls-certificate and --tls-key")
+    if args.trace_rate is not None and not args.otlp:
+        options.error("--trace-rate needs --otlp, which says where the traces go")
     return args, flags
 
 
@@ -98,6 +103,30 @@ def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
         metavar="FILE",
         help="mutual TLS: clients must have a certificate that one of these has signed",
     )
+    traces = options.add_argument_group(
+        "traces, by OpenTelemetry",
+        "A caller's trace, which it sends as `traceparent`, goes on in the server: a span of the "
+        "request, and below it one of each model (docker/README.md has what Triton gets wrong). "
+        "OTEL_SERVICE_NAME names the service, OTEL_RESOURCE_ATTRIBUTES tells more about it, and "
+        "OTEL_EXPORTER_OTLP_HEADERS is sent to the collector.",
+    )
+    traces.add_argument(
+        "--otlp",
+        type=_collector,
+        metavar="URL",
+        help="send them there, over HTTP: a collector's address, such as http://localhost:4318 "
+        "(/v1/traces is added). Without it, or if it is empty, nothing is traced. A collector that "
+        "is away costs traces, and no requests",
+        default=argparse.SUPPRESS,
+    )
+    traces.add_argument(
+        "--trace-rate",
+        type=_rate,
+        metavar="N",
+        help="of the requests that bring no trace, start one for one in N; 1 traces them all. "
+        "Without it, or with 0, none of them",
+        default=argparse.SUPPRESS,
+    )
     add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
     return options
 
@@ -122,4 +151,22 @@ def _seconds(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if not 1 <= number <= 86400:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of seconds, 1 to 86400")
+    return number
+
+
+def _collector(text: str) -> str | None:
+    try:
+        return tracing.endpoint(text) if text else None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not the URL of a collector, such as http://localhost:4318"
+        ) from None
+
+
+def _rate(text: str) -> int | None:
+    if not text:
+        return None
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number, 0 or more")
     return number

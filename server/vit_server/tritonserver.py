@@ -45,28 +45,26 @@ class Tls:
     client_ca: Path | None  # clients must have a certificate that it signed
 
 
-def command(
-    binary: Path,
-    backends: Path,
-    models: Path,
-    shm_prefix: str,
-    ports: Ports,
-    tls: Tls | None,
-    connection_age: int,
-    key: str,
-    further: Sequence[str],
-) -> list[str]:
-    """tritonserver with its arguments.
-
-    Raises:
-        ServerError: `further` has one that is vit-server's to set.
-    """
+def serving(backends: Path, models: Path, key: str) -> list[str]:
+    """What is served; whoever sends `key` may call what is for administrators."""
     # Triton has no switch to turn these calls off: a key does it. Shared memory would let a client
     # name a file of /dev/shm to read or write.
     closed = f"shared-memory,model-repository,trace,logging:{KEY_HEADER}={key}"
-    ours = [
+    return [
         f"--model-repository={models}",
         f"--backend-directory={backends}",
+        "--disable-auto-complete-config",  # the builder writes all of it
+        # Lets vit-server unload models, by their folders, and nobody else.
+        "--model-control-mode=poll",
+        "--repository-poll-secs=1",
+        f"--grpc-restricted-protocol={closed}",
+        f"--http-restricted-api={closed}",
+    ]
+
+
+def listening(ports: Ports, tls: Tls | None, connection_age: int) -> list[str]:
+    """Where it listens, and for how many seconds clients keep a connection."""
+    return [
         f"--grpc-address={f'[{ports.host}]' if ':' in ports.host else ports.host}",
         f"--grpc-port={ports.grpc}",
         f"--grpc-max-connection-age={connection_age * 1000}",
@@ -75,19 +73,23 @@ def command(
         f"--http-port={ports.http}",
         f"--metrics-address={LOOPBACK}",
         f"--metrics-port={ports.metrics}",
-        "--disable-auto-complete-config",  # the builder writes all of it
-        # Lets vit-server unload models, by their folders, and nobody else.
-        "--model-control-mode=poll",
-        "--repository-poll-secs=1",
-        f"--grpc-restricted-protocol={closed}",
-        f"--http-restricted-api={closed}",
     ]
+
+
+def command(
+    binary: Path, ours: Sequence[str], shm_prefix: str, further: Sequence[str]
+) -> list[str]:
+    """tritonserver with its arguments.
+
+    Raises:
+        ServerError: `further` has a flag that is among `ours`.
+    """
     settings = [  # of which there may be more than one, or the last one counts
         # Tensors between server and stubs. The default of 1 MB grows in steps under load.
         f"--backend-config=python,shm-default-byte-size={SEGMENT}",
         f"--backend-config=python,shm-growth-byte-size={SEGMENT}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
-        # How long requests took in the last minute, as quantiles: 0.1 ms of a core for each request.
+        # How long requests took in the last minute, as quantiles: 0.1 ms of a core for each.
         "--metrics-config=summary_latencies=true",
         "--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001",
     ]
