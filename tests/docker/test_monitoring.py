@@ -1,6 +1,7 @@
 """Every expression against a real Prometheus that scrapes the real server under load."""
 
 import json
+import math
 import re
 import subprocess
 import threading
@@ -11,15 +12,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import PHOTOS, Server, copy
+from conftest import PHOTOS, Server, at_each_batch, copy, serving
 from nvidia import health, plain_triton, post
 from ports import free_ports
 from prometheus import MONITORING, Prometheus, program, prometheus
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
+SLOW = 2.5  # seconds, over the goal of 2
 ENSEMBLES = ("classify", "probabilities", "embed", "features", "analyze", "everything")
 GROUPS = yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
 RULES = [rule for group in GROUPS for rule in group["rules"]]
+LABELS = {
+    "instance": ["instance", "job", "namespace", "pod"],
+    "job": ["job", "namespace"],
+    "vit": [],
+}
 DASHBOARD = json.loads((MONITORING / "grafana" / "vit.json").read_text())
 
 
@@ -78,7 +85,7 @@ def dashboard_expressions() -> list[str]:
     """Those that a server without a GPU has an answer to."""
     found = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     return [
-        expression.replace("$__rate_interval", "1m").replace("$instance", ".*")
+        re.sub(r"\$__(rate_interval|range)", "1m", expression).replace("$instance", ".*")
         for expression in found
         if "nv_gpu_" not in expression
     ]
@@ -113,6 +120,10 @@ def test_bad_images_are_told_from_failures(tiny_server: Server, watched: Prometh
     watched.wait("instance:vit_failed:rate1m", lambda value: value > 0)
     assert watched.query(of_models)[0][1] == models_before
     assert watched.query("instance:vit_refused:rate1m")[0][1] < 0.03  # 3 would be 0.05
+    # Nor are they the server's fault, once `preprocess` has told of them.
+    watched.wait("abs(job:vit_faults:rate1m)", lambda value: value < 0.001)
+    (alert,) = watched.wait('ALERTS{alertname="VitBadImages", alertstate="pending"}')
+    assert alert[0]["reason"] == "not_an_image"
 
 
 def test_under_load(tiny_server: Server, watched: Prometheus) -> None:
@@ -123,7 +134,8 @@ def test_under_load(tiny_server: Server, watched: Prometheus) -> None:
         for rule in RULES:
             if "record" in rule:
                 ((labels, _),) = watched.wait(rule["record"])
-                assert set(labels) == {"__name__", "instance", "job", "namespace", "pod"}
+                level = rule["record"].partition(":")[0]
+                assert set(labels) == {"__name__", *LABELS[level]}
         for expression in (*dashboard_expressions(), *autoscaling_expressions()):
             watched.wait(expression)
         watched.wait("instance:vit_pending:avg1m", lambda value: 0 < value < 16)
@@ -154,6 +166,7 @@ def test_a_full_queue_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path
     ):
         watching.wait("instance:vit_refused:rate1m", lambda value: value > 0)
         watching.wait('ALERTS{alertname="VitRequestsRejected", alertstate="pending"}')
+        watching.wait('ALERTS{alertname="VitErrorBudget"}')
         # Busy is not broken.
         assert health(server.http_url) == (0, "")
         # What one would ask for first, and why it is not asked for: Triton counts no full queue.
@@ -187,3 +200,28 @@ def test_a_restart_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -
                 if requests == 5:
                     assert not watching.query('ALERTS{alertname="VitServerRestarted"}')
         watching.wait('ALERTS{alertname="VitServerRestarted", alertstate="firing"}')
+
+
+def test_slow_requests_are_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    repository = at_each_batch(
+        tiny_repository, tmp_path, f"if os.path.exists({str(slow)!r}): time.sleep({SLOW})"
+    )
+    p99 = 'nv_inference_request_summary_us{quantile="0.99"}'
+    late = 'ALERTS{alertname="VitLatencyBudget"}'
+    with (
+        serving(repository) as server,
+        prometheus(server.metrics_url, cache, tmp_path) as watching,
+    ):
+        # Triton has an ensemble under two versions, and one of them is never asked.
+        watching.wait(f"{p99} unless {p99} >= 0", math.isnan)
+        watching.wait("job:vit_slow:ratio", lambda value: value == 0)
+        with load(server.http_url, threads=len(ENSEMBLES)) as answers:
+            watching.wait("instance:vit_p99_seconds:max", lambda value: value > 0)
+            slow.touch()
+            watching.wait("job:vit_slow:ratio", lambda value: value == 1)
+            watching.wait(late)
+            ((_, measured),) = watching.query("instance:vit_p99_seconds:max")
+    assert {code for code, _ in answers} == {200}
+    # Triton's time is within the callers', and the slow ones of these are all longer than that.
+    assert SLOW <= measured <= max(seconds for _, seconds in answers)
