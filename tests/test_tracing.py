@@ -1,8 +1,7 @@
 """A caller's trace goes on in the server: its own spans, as a collector gets them.
 
 Over gRPC Triton overlooks some `traceparent`: it reads on behind the value's end, up to the next
-zero (GrpcServerCarrier in its infer_handler.h). So several requests are sent there, of which one will
-do.
+zero (GrpcServerCarrier in its infer_handler.h). So several requests are sent, of which one will do.
 """
 
 import contextlib

@@ -10,6 +10,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from conftest import BIN, PHOTOS, Server, at_each_batch, built, copy, start_and_
 from nvidia import DOCKER, container, health, plain_triton, post, status
 from processes import FREE_PORTS, segments, tritonserver, workspaces
 from vit_client import Client
+from vit_server.options import read
 
 ROOT = DOCKER.parent
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+COLLECTOR = yaml.safe_load((DOCKER / "tracing" / "collector.yaml").read_text())
 INDEX = "repository/index"  # asked for with POST
 CLOSED = ("systemsharedmemory/status", "cudasharedmemory/status", INDEX, "trace/setting", "logging")
 
@@ -96,7 +99,7 @@ def test_compose_service(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     for port in service.get("ports", []):
         assert port.startswith("127.0.0.1:")  # there is no login
-    for volume in service["volumes"]:
+    for volume in service.get("volumes", []):
         source = volume.split(":")[0]
         assert source in COMPOSE["volumes"] or (DOCKER / source).exists()
     if "build" in service:
@@ -105,6 +108,28 @@ def test_compose_service(name: str) -> None:
         assert ("VIT_ADMIN_KEY" in service["environment"]) == name.startswith("server")
     else:
         assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])  # pinned
+
+
+def test_compose_traces_only_where_it_is_told() -> None:
+    """And the collector passes them on to where they are looked at."""
+    for name in ("server-cpu", "server-gpu"):
+        command = [
+            re.sub(r"\$\{\w+:-\}", "", word) for word in COMPOSE["services"][name]["command"]
+        ]
+        args, flags = read(command[1:])
+        assert (args.otlp, args.trace_rate, flags) == (None, None, [])
+    (exporter,) = COLLECTOR["exporters"].values()
+    (name,) = re.fullmatch(r"\$\{env:(\w+)\}", exporter["endpoint"]).groups()
+    backend = urlsplit(COMPOSE["services"]["collector"]["environment"][name]).hostname
+    assert COMPOSE["services"][backend]["profiles"] == COMPOSE["services"]["collector"]["profiles"]
+
+
+def test_collector_has_what_it_uses() -> None:
+    (pipeline,) = COLLECTOR["service"]["pipelines"].values()
+    for kind in ("receivers", "processors", "exporters"):
+        assert set(pipeline[kind]) == set(COLLECTOR[kind])
+    assert set(COLLECTOR["service"]["extensions"]) == set(COLLECTOR["extensions"])
+    assert pipeline["processors"][0] == "memory_limiter"  # it must be the first
 
 
 def test_health_of_a_healthy_server(tiny_server: Server) -> None:

@@ -5,13 +5,15 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
+import yaml
 from conftest import BIN, GOLDENS
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
-from vit_server import gpu, probe, process, sizing
+from vit_server import gpu, options, probe, process, sizing
 
 from . import rendered
 from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
@@ -21,9 +23,11 @@ COMPOSED = (
     ("overlays/gpu", "monitoring", "autoscaling"),
     ("overlays/gpu", "monitoring", "keda"),
     ("overlays/gpu", "tls"),
+    ("overlays/gpu", "monitoring", "tracing"),
     ("overlays/cpu", "monitoring", "autoscaling"),
     ("overlays/cpu", "monitoring", "keda"),
     ("overlays/cpu", "tls", "baked"),
+    ("overlays/cpu", "tls", "baked", "tracing"),
     ("kserve", "monitoring"),
 )
 # Made by hand, see docker/README.md.
@@ -104,11 +108,11 @@ def test_what_is_mounted_and_named_exists(objects: list[Object]) -> None:
 
 
 def test_images_are_placeholders_or_public(objects: list[Object]) -> None:
+    compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
+    public = ("nvcr.io/nvidia/tritonserver:26.09-", compose["services"]["collector"]["image"])
     for name, pod in rendered.pods(objects):
         for container in rendered.containers(pod):
-            assert container["image"].startswith(
-                ("registry.example.com/", "nvcr.io/nvidia/tritonserver:26.09-")
-            ), name
+            assert container["image"].startswith(("registry.example.com/", *public)), name
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "cpu", "example"])
@@ -276,6 +280,47 @@ def test_tls_leaves_no_way_around_it(tmp_path: Path) -> None:
     assert {p["name"] for p in find(objects, "Service")["spec"]["ports"]} == {"grpc", "metrics"}
     clients, _ = find(objects, "NetworkPolicy")["spec"]["ingress"]
     assert clients["ports"] == [{"port": "grpc"}]
+
+
+def test_traces_reach_the_collector(tmp_path: Path) -> None:
+    """The server's option names it, the two policies let them through, and it is configured."""
+    objects = rendered.composed(tmp_path, "overlays/cpu", "tracing")
+    server = find(objects, "Deployment")["spec"]["template"]
+    container = server["spec"]["containers"][0]
+    args, _ = options.read(container["args"][1:])
+    where = urlsplit(args.otlp)
+    service = find(objects, "Service", where.hostname or "")["spec"]
+    (port,) = (p for p in service["ports"] if p["port"] == where.port)
+    collector = find(objects, "Deployment", "vit-collector")["spec"]["template"]
+    labels = collector["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items()
+    (part,) = collector["spec"]["containers"]
+    ports = {p["name"]: p["containerPort"] for p in part["ports"]}
+    assert ports[port["targetPort"]] == where.port
+
+    out = find(objects, "NetworkPolicy")["spec"]["egress"][-1]
+    assert out["to"] == [{"podSelector": {"matchLabels": labels}}]
+    assert out["ports"] == [{"port": where.port}]
+    policy = find(objects, "NetworkPolicy", "vit-collector")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    senders, (own, _) = policy["ingress"][0], policy["ingress"][0]["from"]
+    assert own["podSelector"]["matchLabels"].items() <= server["metadata"]["labels"].items()
+    assert {"port": port["targetPort"]} in senders["ports"]
+
+    (volume,) = collector["spec"]["volumes"]
+    files = find(objects, "ConfigMap", volume["configMap"]["name"])["data"]
+    (mount,) = part["volumeMounts"]
+    (argument,) = part["args"]
+    config = yaml.safe_load(files[Path(argument.partition("=")[2]).name])
+    assert argument == f"--config={mount['mountPath']}/collector.yaml"
+    listening = config["receivers"]["otlp"]["protocols"]
+    for name, protocol in (("otlp-http", "http"), ("otlp-grpc", "grpc")):
+        assert listening[protocol]["endpoint"] == f"0.0.0.0:{ports[name]}"
+    assert config["extensions"]["health_check"]["endpoint"] == f"0.0.0.0:{ports['health']}"
+    (variable,) = part["env"]
+    assert config["exporters"]["otlp_http"]["endpoint"] == f"${{env:{variable['name']}}}"
+    most = config["processors"]["memory_limiter"]["limit_mib"] * MIB
+    assert most < quantity(part["resources"]["limits"]["memory"])
 
 
 def test_docs_name_what_is_there() -> None:
