@@ -183,13 +183,19 @@ def test_collector_that_is_away_and_comes_back(
     """Requests are answered, later ones are traced, and the server ends as it should."""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
     (port,) = free_ports(1)
-    with serving(tiny_repository, "--otlp", f"http://127.0.0.1:{port}") as server:
+    with serving(tiny_repository, "--otlp", f"http://127.0.0.1:{port}", errors=True) as server:
         for _ in range(20):
             by_http(server, "embed", PHOTO, Caller().headers)
         with otlp.receiver(port) as received:
             ask(server, received, by_http, "embed")
         by_http(server, "embed", PHOTO, Caller().headers)
+        server.process.terminate()
+        assert server.process.stderr is not None
+        said = server.process.stderr.read()
     assert server.process.returncode == 0
+    # Once a minute at most, and not in Triton's words.
+    assert "vit-server: traces cannot be sent: connection failed" in said
+    assert "OTLP HTTP Client" not in said
 
 
 @pytest.mark.parametrize(

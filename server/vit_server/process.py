@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import math
 import os
 import re
 import resource
@@ -27,6 +28,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_SECONDS = 10
 ALONE_SECONDS = 10
 CRASH_SECONDS = 3  # to write its stack trace
+UNSENT_SECONDS = 60  # between two lines about traces that cannot be sent
 
 
 _LOAD_FAILURE = re.compile(
@@ -39,6 +41,9 @@ _WRONG_FLAG = re.compile(r"tritonserver: ((?:unrecognized |invalid )?option .*)"
 
 # The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
+
+# Two lines, with a path of whoever built it, for each sending of traces that fails.
+_UNSENT = re.compile(r"\[OTLP HTTP Client\] (?:Session state: )?(.*)")
 
 # Triton's Python backend makes one of these for each backend that it is (python; pytorch, in the
 # embedded server), always there, and leaves it, empty, where it is ended before its own end.
@@ -80,6 +85,7 @@ class TritonProcess:
         self._log: deque[str] = deque(maxlen=1000)
         self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
         self._stubs: dict[int, str] = {}
+        self._unsent = -math.inf  # when it was last told
         for number in STOPS:
             signal.signal(number, self._on_signal)
         self._left: set[Path] = set()
@@ -224,8 +230,18 @@ class TritonProcess:
                 timer = threading.Timer(CRASH_SECONDS, self._child.kill)
                 timer.daemon = True
                 timer.start()
-            if not self._quiet and not asked:  # that is no news
+            if self._quiet or asked:  # that is no news
+                continue
+            if unsent := _UNSENT.search(line):
+                self._tell_unsent(unsent[1])
+            else:
                 say(line.rstrip("\n"))
+
+    def _tell_unsent(self, reason: str) -> None:
+        now = time.monotonic()
+        if now - self._unsent > UNSENT_SECONDS:
+            self._unsent = now
+            say(f"vit-server: traces cannot be sent: {reason}")
 
     def _end_orphans(self) -> None:
         """Kill the stubs that tritonserver left, which the kernel has given to this process."""
