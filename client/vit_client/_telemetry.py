@@ -108,7 +108,9 @@ class Telemetry:
                 span.set_attribute("vit.images", message.inputs[0].shape[0])
                 span.set_attribute("vit.bytes", message.ByteSize())
             carrier: dict[str, str] = {}
-            propagate.inject(carrier)
+            # Triton would send its spans also where nobody keeps the trace.
+            if span.get_span_context().trace_flags.sampled:
+                propagate.inject(carrier)
             own = {name for name, _ in self._metadata}
             added = ((name, value) for name, value in carrier.items() if name not in own)
             code = 0

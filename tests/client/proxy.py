@@ -28,6 +28,7 @@ class Proxy:
     calls: list[str] = field(default_factory=list)  # method names, in order of arrival
     headers: dict[str, str] = field(default_factory=dict)  # of the last call
     ids: list[str] = field(default_factory=list)  # of the inference requests
+    forwards: tuple[str, ...] = ()  # names of headers that are passed on
     delay: float = 0.0  # seconds before each call is passed on
     # (status, words) for calls to come, one each; the last one stays if `forever`
     refusals: list[tuple[grpc.StatusCode, str]] = field(default_factory=list)
@@ -75,7 +76,8 @@ class Proxy:
             if self.refusals and method == "ModelInfer":
                 code, words = self.refusals[0] if self.forever else self.refusals.pop(0)
                 await context.abort(code, words)
-            return await self.target().unary_unary(SERVICE + method)(request)
+            passed = [(name, self.headers[name]) for name in self.forwards if name in self.headers]
+            return await self.target().unary_unary(SERVICE + method)(request, metadata=passed)
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details())
         except asyncio.CancelledError:

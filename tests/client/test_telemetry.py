@@ -12,6 +12,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from vit_client import AsyncClient, BadImage, Client, Overloaded
 
 from .conftest import encoded
@@ -176,6 +177,14 @@ def test_the_callers_own_traceparent_stays(proxy: Proxy) -> None:
     with Client(proxy.url, headers={"traceparent": own}) as client:
         client.embed(IMAGE)
     assert proxy.headers["traceparent"] == own
+
+
+def test_a_trace_that_is_not_kept_ends_here(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would send its spans all the same."""
+    monkeypatch.setattr(trace, "get_tracer", TracerProvider(sampler=ALWAYS_OFF).get_tracer)
+    with Client(proxy.url) as client:
+        client.embed(IMAGE)
+    assert "traceparent" not in proxy.headers
 
 
 def test_the_histogram(proxy: Proxy, reader: InMemoryMetricReader) -> None:
