@@ -20,7 +20,7 @@ class Backlog:
     """
 
     PENDING = re.compile(rb'nv_inference_pending_request_count\{model="vit",[^}]*\} (\d+)')
-    LOOK = 1.0  # seconds that it may take; usually it is 0.3 ms of a core, here and in Triton
+    LOOK = 1.0  # seconds that it may take; usually it is 1 ms of a core, most of it in Triton
     REST, LONGEST = 9, 0.05  # then so many times as long, or seconds at most, until the next one
 
     def __init__(self, address, limit, processes):

@@ -8,6 +8,7 @@ bucket: Triton's own kind of it takes one observation at a time.
 
 import ctypes
 import os
+import sys
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -57,10 +58,15 @@ class Metrics:
         self.notes.append((series, value))
 
     def run(self):
-        ends = False
-        while not ends:
+        try:
+            for counter in self.counters:
+                counter.create()
+        except pb_utils.TritonModelException as e:  # of Triton's, so it may be without metrics
+            print(f"preprocess has no metrics: {e}", file=sys.stderr, flush=True)
+            self.notes = deque(maxlen=0)
+            return
+        while not self.ended.wait(PAUSE):
             self.tell()
-            ends = self.ended.wait(PAUSE)
         self.tell()
 
     def tell(self):
@@ -69,7 +75,7 @@ class Metrics:
             series.add(value)
         for counter in self.counters:
             # A stub waits for Triton's answer for ever, and while it does so it cannot end itself.
-            if os.getppid() == self.triton:
+            if counter.owed and os.getppid() == self.triton:
                 counter.tell()
 
     def close(self):
@@ -94,20 +100,23 @@ class Family:
 
 
 class Counter:
+    """`owed` is what Triton has not been told of yet."""
+
     def __init__(self, family, **labels):
-        self.family, self.labels, self.metric = family, labels, None
+        self.family, self.labels = family, labels
         self.owed = 0
+
+    def create(self):
+        self.metric = self.family.metric(self.labels)
 
     def add(self, value):
         self.owed += value
 
     def tell(self):
-        # What Triton cannot take, for want of shared memory or of metrics, is told the next time.
+        # Where shared memory is used up it cannot be told; the next time, then.
         with suppress(pb_utils.TritonModelException):
-            self.metric = self.metric or self.family.metric(self.labels)
-            if self.owed:
-                self.metric.increment(self.owed)
-                self.owed = 0
+            self.metric.increment(self.owed)
+            self.owed = 0
 
 
 class Histogram:
