@@ -6,6 +6,7 @@ zero (GrpcServerCarrier in its infer_handler.h). So several requests are sent, o
 
 import contextlib
 import secrets
+import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -196,6 +197,26 @@ def test_collector_that_is_away_and_comes_back(
     # Once a minute at most, and not in Triton's words.
     assert "vit-server: traces cannot be sent: connection failed" in said
     assert "OTLP HTTP Client" not in said
+
+
+def test_collector_that_never_answers(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More spans than wait are dropped, and requests are answered."""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with serving(tiny_repository, "--otlp", url, errors=True) as server:
+            for _ in range(30):
+                by_http(server, "embed", PHOTO, Caller().headers)
+            server.process.terminate()
+            assert server.process.stderr is not None
+            said = server.process.stderr.read()
+    assert server.process.returncode == 0
+    assert "vit-server: traces cannot be sent: queue is full - dropping span" in said
+    assert "BatchSpanProcessor" not in said
 
 
 @pytest.mark.parametrize(

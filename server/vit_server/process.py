@@ -42,8 +42,8 @@ _WRONG_FLAG = re.compile(r"tritonserver: ((?:unrecognized |invalid )?option .*)"
 # The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
 
-# Two lines, with a path of whoever built it, for each sending of traces that fails.
-_UNSENT = re.compile(r"\[OTLP HTTP Client\] (?:Session state: )?(.*)")
+# Two lines for each sending of traces that fails, and one for each span that finds the queue full.
+_UNSENT = re.compile(r"(?:\[OTLP HTTP Client\] (?:Session state: )?|BatchSpanProcessor )(.*)")
 
 # Triton's Python backend makes one of these for each backend that it is (python; pytorch, in the
 # embedded server), always there, and leaves it, empty, where it is ended before its own end.

@@ -10,7 +10,7 @@ SERVICE = "vit-server"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
 CRASH = (
     "this tritonserver (2.51) may end itself, with exit code 139, after some ten thousand requests "
-    "that it traces; NVIDIA's does not, from 25.05 on"
+    "that it traces; NVIDIA's does not, from 25.04 on"
 )
 
 
