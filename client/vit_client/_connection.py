@@ -60,6 +60,14 @@ class _Open:
     calls: int = 0  # under way
 
 
+@dataclass
+class _Tries:
+    """Of one call, so far."""
+
+    counted: int = 0
+    turned_away: int = 0
+
+
 class Connection:
     """One channel and what all calls over it share. Belongs to the event loop it is first used
     in."""
@@ -142,7 +150,7 @@ class Connection:
             deadline = time.monotonic() + timeout
         await self._take_slot(timeout, deadline, task)
         try:
-            attempt = turned_away = 0
+            tries = _Tries()
             for number in itertools.count(1):
                 begun = time.monotonic()
                 log.debug("%s: try %d, %.3f s left", name, number, deadline - begun)
@@ -154,17 +162,7 @@ class Connection:
                         raise self.closed_meanwhile(task) from None
                     raise
                 except VitClientError as error:
-                    unseen = is_not_begun(error) or is_other_model(error)
-                    uncounted = unseen or (is_stopping(error) and left)
-                    if uncounted and turned_away < _MOST_TURNED_AWAY:
-                        turned_away += 1
-                        pause: float | None = random.uniform(0, 0.05)
-                    elif is_neighbours(error) and left:
-                        # Not counted: one who goes on sending such requests can fail most tries.
-                        pause = self._pause(error, attempt, deadline)
-                    else:
-                        pause = self._pause(error, attempt, deadline) if attempt < left else None
-                        attempt += 1
+                    pause = self._pause(error, tries, left, deadline)
                     if pause is None or time.monotonic() + pause >= deadline:
                         log.debug("%s: try %d failed, the last: %s", name, number, error.message)
                         raise
@@ -238,8 +236,21 @@ class Connection:
         """The error for a call that close() cut off."""
         return ClientClosed("the client was closed during the call", task=task)
 
-    def _pause(self, error: VitClientError, attempt: int, deadline: float) -> float | None:
-        """Seconds to wait before the next try, or None if there is none."""
+    def _pause(
+        self, error: VitClientError, tries: _Tries, left: int, deadline: float
+    ) -> float | None:
+        """Seconds to wait before the next try, of `left` that count; None if there is none."""
+        unseen = is_not_begun(error) or is_other_model(error)
+        if (unseen or (is_stopping(error) and left)) and tries.turned_away < _MOST_TURNED_AWAY:
+            tries.turned_away += 1
+            return random.uniform(0, 0.05)
+        if is_neighbours(error) and left:
+            # Not counted: one who goes on sending such requests can fail most tries.
+            return self._paced(error, tries.counted, deadline)
+        tries.counted += 1
+        return self._paced(error, tries.counted - 1, deadline) if tries.counted <= left else None
+
+    def _paced(self, error: VitClientError, attempt: int, deadline: float) -> float | None:
         if not error.retryable:
             return None
         # A server that is gone takes no harm from retries, and one of several that stops fails so

@@ -119,6 +119,9 @@ class Telemetry:
             except grpc.RpcError as failure:
                 code = failure.code().value[0]
                 raise
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED.value[0]
+                raise
             finally:
                 span.set_attribute("rpc.grpc.status_code", code)
 
