@@ -7,6 +7,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import statistics
 import time
 import urllib.request
@@ -156,18 +157,22 @@ def settled(server: Server) -> dict[str, int]:
 
 
 def counters(server: Server) -> dict[str, int]:
-    """The server's own, from its metrics."""
+    """The server's own, from its metrics, of whatever version."""
     with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
-        lines = [line.rpartition(" ") for line in response.read().decode().splitlines()]
-    metrics = {name: int(float(value)) for name, _, value in lines if name[:1] != "#"}
-    model = 'model="{}",version="1"'
-    failure = 'nv_inference_request_failure{{model="{}",reason="{}",version="1"}}'
+        metrics = response.read().decode()
+
+    def total(name: str, **labels: str) -> int:
+        given = "".join(f'(?=[^}}]*{label}="{value}")' for label, value in labels.items())
+        return sum(
+            map(int, re.findall(rf"^nv_inference_{name}{{{given}.*}} (\d+)$", metrics, re.M))
+        )
+
     return {
-        "pending": sum(v for k, v in metrics.items() if "pending_request_count" in k),
-        "decoded": metrics[f"nv_inference_count{{{model.format('preprocess')}}}"],
-        "vit": metrics[f"nv_inference_count{{{model.format('vit')}}}"],
-        "expired": metrics[failure.format("preprocess", "REJECTED")],
-        "cancelled": metrics[failure.format("vit", "CANCELED")],
+        "pending": total("pending_request_count"),
+        "decoded": total("count", model="preprocess"),
+        "vit": total("count", model="vit"),
+        "expired": total("request_failure", model="preprocess", reason="REJECTED"),
+        "cancelled": total("request_failure", model="vit", reason="CANCELED"),
     }
 
 
