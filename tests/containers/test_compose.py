@@ -1,7 +1,7 @@
 """docker/compose.yaml with the profile `cpu`, as docker/README.md has it.
 
-In a copy: free ports, names of images and a build's arguments are the tests' own, and Grafana is
-left out, since no stand-in for it would say more than the file's schema.
+In a copy: free ports, names of images and a build's arguments are the tests' own, and Grafana,
+Jaeger and the collector are left out, since no stand-in would say more than the file's schema.
 """
 
 import os
@@ -25,6 +25,7 @@ from .container import Container, wait_until_healthy
 from .engine import TOKEN, Engine, run
 
 PORTS = (8000, 8001, 8002, 9090)
+LEFT_OUT = ("grafana", "collector", "jaeger")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Project:
 def changed(docker: Engine, built_on: Bases, ports: dict[int, int]) -> dict[str, Any]:
     """The copy, without `name:`, which docker-compose 1.29 does not know."""
     file: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
-    del file["services"]["grafana"], file["name"]
+    del file["name"]
+    for service in LEFT_OUT:
+        del file["services"][service]
     monitoring = file["services"]["prometheus"]
     monitoring["image"] = prometheus(docker, monitoring["image"], built_on)
     images = {"vit-builder": IMAGES["builder"], "vit-server:cpu": IMAGES["cpu"]}
