@@ -21,7 +21,7 @@ from otlp import Received, Span
 from ports import free_ports
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
-from vit_server import tracing
+from vit_server import options, tracing
 
 STEPS = {"classify": {"preprocess", "vit", "postprocess"}, "embed": {"preprocess", "vit"}}
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
@@ -195,7 +195,7 @@ def test_collector_that_is_away_and_comes_back(
         said = server.process.stderr.read()
     assert server.process.returncode == 0
     # Once a minute at most, and not in Triton's words.
-    assert "vit-server: traces cannot be sent: connection failed" in said
+    assert "vit-server: traces cannot be sent: connection failed. Failed to connect" in said
     assert "OTLP HTTP Client" not in said
 
 
@@ -225,10 +225,11 @@ def test_collector_that_never_answers(
         (("--trace-rate", "10"), "--trace-rate needs --otlp"),
         (("--otlp", "http://localhost:4318", "--trace-rate", "-1"), "-1 is not a whole number"),
         (("--otlp", "http://localhost:4318", "--trace-rate", "0.1"), "0.1 is not a whole number"),
-        (("--otlp", "localhost:4318"), "localhost:4318 is not the URL of a collector"),
+        (("--otlp", "a:b@localhost:4318"), "--otlp: localhost:4318 is not the URL of a collector"),
         (("--otlp", "grpc://localhost:4317"), "is not the URL of a collector"),
         (("--otlp", "http://"), "is not the URL of a collector"),
         (("--otlp", "http://localhost:99999"), "is not the URL of a collector"),
+        (("--otlp", "http://a:b@localhost:99999"), "--otlp: http://localhost:99999 is not the URL"),
         (("--otlp", "http://local host:4318"), "is not the URL of a collector"),
     ],
 )
@@ -250,6 +251,42 @@ def test_options_that_make_no_sense(arguments: tuple[str, ...], error: str) -> N
 )
 def test_urls_are_completed(given: str, url: str) -> None:
     assert tracing.endpoint(given) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://user:pa55@localhost:4318/v1/traces", "http://localhost:4318/v1/traces"),
+        ("https://user:p@55@[::1]/of/ours?token=pa55", "https://[::1]/of/ours"),
+        ("http://localhost:4318/v1/traces", "http://localhost:4318/v1/traces"),
+    ],
+)
+def test_passwords_are_not_told(url: str, told: str) -> None:
+    assert tracing.told(url) == told
+
+
+def test_password_is_in_no_log(tiny_repository: Path) -> None:
+    free = ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--verbose"]
+    url = f"http://user:pa55@127.0.0.1:{free_ports(1)[0]}"
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *free, "--otlp", url]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        log = ""
+        for line in process.stdout or ():
+            log += line
+            if line.startswith("Ready:"):
+                process.terminate()
+    assert process.returncode == 0
+    assert "traces   to http://127.0.0.1:" in log
+    assert "pa55" not in log
+
+
+@pytest.mark.parametrize("rate", ["", "0", "1"])
+def test_empty_collector_turns_traces_off(rate: str) -> None:
+    """Whatever the rate: in Compose each is a variable of its own."""
+    args, _ = options.read(["--model-repository", ".", "--otlp", "", f"--trace-rate={rate}"])
+    assert not args.otlp
 
 
 def test_flags_that_would_change_them_are_refused(tiny_repository: Path) -> None:

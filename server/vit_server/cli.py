@@ -146,15 +146,16 @@ def _tell(ports: Ports, tls: Tls | None, args: argparse.Namespace) -> None:
         f"gRPC     {'grpcs://' if tls else ''}{bracketed(ports.host, ports.grpc)}",
         f"HTTP     http://{http}",
         f"metrics  http://{metrics}/metrics",
-        *([f"traces   to {args.otlp}: {_traced(args.trace_rate)}"] if args.otlp else []),
+        *([_traced(args.otlp, args.trace_rate)] if args.otlp else []),
         "Ready: every model has answered. Ctrl-C stops.",
     ]
     say("\n".join(lines), sys.stdout)
 
 
-def _traced(rate: int | None) -> str:
+def _traced(url: str, rate: int | None) -> str:
     others = {0: "no other", 1: "all others"}.get(rate or 0, f"one in {rate} others")
-    return f"requests that bring a trace of their own, and {others}"
+    who = f"requests that bring a trace of their own, and {others}"
+    return f"traces   to {tracing.told(url)}: {who}"
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import ipaddress
+import re
 from pathlib import Path
 
 from . import tracing
@@ -22,7 +23,8 @@ def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args.tls_client_ca and not args.tls_key
     ):
         options.error("TLS needs both --tls-certificate and --tls-key")
-    if args.trace_rate is not None and not args.otlp:
+    # An empty --otlp turns traces off, whatever is said of them beside it.
+    if args.trace_rate is not None and args.otlp is None:
         options.error("--trace-rate needs --otlp, which says where the traces go")
     return args, flags
 
@@ -154,12 +156,13 @@ def _seconds(text: str) -> int:
     return number
 
 
-def _collector(text: str) -> str | None:
+def _collector(text: str) -> str:
     try:
-        return tracing.endpoint(text) if text else None
+        return tracing.endpoint(text) if text else ""
     except ValueError:
+        told = re.sub(r"^(\w+://)?.*@", r"\1", text)  # without a password
         raise argparse.ArgumentTypeError(
-            f"{text} is not the URL of a collector, such as http://localhost:4318"
+            f"{told} is not the URL of a collector, such as http://localhost:4318"
         ) from None
 
 

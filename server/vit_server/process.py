@@ -241,6 +241,8 @@ class TritonProcess:
         now = time.monotonic()
         if now - self._unsent > UNSENT_SECONDS:
             self._unsent = now
+            # What failed, and the reason behind it, without a space between.
+            reason = re.sub(r"^([\w ]+)\.(?=\S)", r"\1. ", reason)
             say(f"vit-server: traces cannot be sent: {reason}")
 
     def _end_orphans(self) -> None:

@@ -9,7 +9,7 @@ PATH = "/v1/traces"  # of a collector
 SERVICE = "vit-server"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
 CRASH = (
-    "this tritonserver (2.51) may end itself, with exit code 139, after some ten thousand requests "
+    "this tritonserver (2.51) may end itself, with exit code 139, after some thousand requests "
     "that it traces; NVIDIA's does not, from 25.04 on"
 )
 
@@ -22,6 +22,13 @@ def endpoint(text: str) -> str:
     if not re.fullmatch(r"[!-~]+", text):
         raise ValueError(text)
     return parts._replace(path=PATH).geturl() if parts.path in ("", "/") else text
+
+
+def told(url: str) -> str:
+    """`url` without what is nobody else's: user and password, and a query, where tokens are."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
 def flags(url: str, rate: int) -> list[str]:

@@ -117,11 +117,18 @@ def test_compose_traces_only_where_it_is_told() -> None:
             re.sub(r"\$\{\w+:-\}", "", word) for word in COMPOSE["services"][name]["command"]
         ]
         args, flags = read(command[1:])
-        assert (args.otlp, args.trace_rate, flags) == (None, None, [])
+        assert (args.otlp, args.trace_rate, flags) == ("", None, [])
     (exporter,) = COLLECTOR["exporters"].values()
     (name,) = re.fullmatch(r"\$\{env:(\w+)\}", exporter["endpoint"]).groups()
     backend = urlsplit(COMPOSE["services"]["collector"]["environment"][name]).hostname
     assert COMPOSE["services"][backend]["profiles"] == COMPOSE["services"]["collector"]["profiles"]
+
+
+def test_compose_passes_on_what_the_readme_has_of_traces() -> None:
+    table = re.findall(r"^\| `(OTEL_\w+)` \|", (DOCKER / "README.md").read_text(), re.M)
+    for name in ("server-cpu", "server-gpu"):
+        passed_on = COMPOSE["services"][name]["environment"]
+        assert [word for word in passed_on if word.startswith("OTEL_")] == table
 
 
 def test_collector_has_what_it_uses() -> None:
