@@ -52,7 +52,7 @@ def build(
             "model": model.name,
             "weights": "trained" if model.trained else "random",
             "weights_sha256": sha256,
-            "model_version": number,
+            "model_version": str(number),  # as answers have it
             # Of the files that only make sense together: vit-server compares.
             "sha256": {name: hub.file_sha256(folder / name) for name in repository.built(number)},
             "network": asdict(model.config),

@@ -16,7 +16,7 @@ from . import _health, _one_model
 from ._engine import Engine
 from ._images import is_one_image, mistaken
 from ._progress import Meter, Progress
-from ._question import Question, question
+from ._question import Question, check_version, question
 from ._settings import ChannelOptions, Settings, check_timeout
 from ._telemetry import annotate
 from .errors import BadImages
@@ -466,15 +466,23 @@ class AsyncClient:
         )
         return _flatten(batches, on_error)
 
-    async def model(self, *, timeout: float | None = None) -> Model:
+    async def model(
+        self, *, timeout: float | None = None, model_version: str | None = None
+    ) -> Model:
         """What the server serves: name, sizes, classes, precision, whether it is trained.
 
-        The server is asked once for each client.
+        Args:
+            timeout: Seconds; the client's own if not given.
+            model_version: The model of this version; if not given, the one that has answered this
+                client last. The server is asked once for each.
 
         Raises:
+            ModelChanged: The server has another one.
             ModelNotServed: A server answers, but it serves other models.
         """
-        return await self._engine.connection.model(self._timeout(timeout))
+        return await self._engine.connection.model(
+            self._timeout(timeout), check_version(model_version)
+        )
 
     async def health(self, *, timeout: float = 5.0) -> Health:
         """Whether the server answers, tried with a real image. Returns instead of raising, and
@@ -521,6 +529,7 @@ class AsyncClient:
         with self._engine.connection.telemetry.call(asked):
             seconds = await self._check_top_k(asked, self._timeout(timeout))
             if is_one_image(images):
+                annotate(images=1)
                 (item,) = await self._engine.chunk(asked, [images], 0, seconds)
                 return asked.one(item.result)
             return await self._ask_several(asked, images, seconds)
@@ -602,7 +611,7 @@ async def _flatten(
 def _settle(batch: list[Item[Any]], asked: Question, on_error: OnError) -> list[Item[Any]]:
     """Items that the caller may keep: detached from the response they came in."""
     return [
-        item if item.error else replace(item, _result=asked.one(item.result))
+        item if item.error else replace(item, _result=asked.one(item.result), _sent=None)
         for item in batch
         if item.error is None or on_error != "skip"
     ]

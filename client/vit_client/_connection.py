@@ -24,6 +24,7 @@ from ._telemetry import Telemetry, log, retrying
 from .errors import (
     ClientClosed,
     DeadlineExceeded,
+    ModelChanged,
     Overloaded,
     VitClientError,
     from_grpc,
@@ -31,6 +32,7 @@ from .errors import (
     is_not_begun,
     is_other_model,
     is_stopping,
+    shortened,
 )
 from .types import Model
 
@@ -83,9 +85,9 @@ class Connection:
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._overload_budget = RetryBudget(per_success=0.1, per_second=1)
         self._neighbour_budget = RetryBudget(per_success=1, per_second=40)
-        self._model: Model | None = None  # that answers, as far as is known
+        self._answered = ""  # the version that has answered last; "" before that
         self._models: dict[str, Model] = {}  # all that have told of themselves, by version
-        self._asking: asyncio.Task[Model] | None = None
+        self._asking: dict[str, asyncio.Task[Model]] = {}  # the same, now
 
     def _open(self) -> _Open:
         """The channel. It is opened on first use, so that a client which was made before a fork,
@@ -114,9 +116,10 @@ class Connection:
     async def close(self) -> None:
         """Cancel what is in flight and close the channel."""
         self.closed = True
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.gather(self._asking, return_exceptions=True)
+        asking = list(self._asking.values())
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
         opened = [*self._left, *([self._current] if self._current else [])]
         self._current = None
         if self._pid == os.getpid():
@@ -153,7 +156,7 @@ class Connection:
             tries = _Tries()
             for number in itertools.count(1):
                 begun = time.monotonic()
-                log.debug("%s: try %d, %.3f s left", name, number, deadline - begun)
+                log.debug("%s: try %d, %.3f s left", name, number, max(0, deadline - begun))
                 try:
                     response = await self._try(method, message, task, timeout, deadline)
                 except asyncio.CancelledError:
@@ -164,7 +167,8 @@ class Connection:
                 except VitClientError as error:
                     pause = self._pause(error, tries, left, deadline)
                     if pause is None or time.monotonic() + pause >= deadline:
-                        log.debug("%s: try %d failed, the last: %s", name, number, error.message)
+                        why = shortened(error.message, 1000)
+                        log.debug("%s: try %d failed, the last: %s", name, number, why)
                         raise
                     retrying(name, error, number, pause)
                     await asyncio.sleep(pause)
@@ -270,16 +274,18 @@ class Connection:
             return None
         return pause
 
-    async def model(self, timeout: float) -> Model:
-        """What the server serves; asked for once, for all who wait for it."""
+    async def model(self, timeout: float, version: str = "") -> Model:
+        """What the server serves: the model of this version, or else the one that answered last.
+        Each is asked for once, for all who wait for it.
+
+        Raises:
+            ModelChanged: There is none of this version.
+        """
         deadline = time.monotonic() + timeout
-        while self._model is None:
+        while (wanted := version or self._answered) not in self._models:
             left = deadline - time.monotonic()
-            if self._asking is None:
-                self._asking = asyncio.ensure_future(self._ask_model(left))
-                self._asking.add_done_callback(self._asked)
             try:
-                await asyncio.wait_for(asyncio.shield(self._asking), left)
+                await asyncio.wait_for(asyncio.shield(self._ask(wanted, left)), left)
             except asyncio.CancelledError:
                 if self.closed:
                     raise self.closed_meanwhile(None) from None
@@ -290,25 +296,39 @@ class Connection:
                     raise DeadlineExceeded(
                         f"no answer from {self.settings.target} within {timeout:.3g} s"
                     ) from None
+            except ModelChanged as error:
+                if version:
+                    raise copy.copy(error) from error.__cause__
+                self.forget()  # it has gone since
             except VitClientError as error:
                 # All who wait get this one; each is to have its own, for the id of its request.
                 raise copy.copy(error) from error.__cause__
-        return self._model
+        return self._models[wanted]
 
     def answered(self, version: str) -> None:
         """Take note of the model that has just answered: `model` is to tell of that one."""
-        if self._model and self._model.version not in ("", version):
-            self._model = self._models.get(version)
+        self._answered = version
 
-    def _asked(self, asking: asyncio.Task[Model]) -> None:
-        self._asking = None
-        if not asking.cancelled() and asking.exception() is None:
-            self._model = asking.result()
-            self._models[self._model.version] = self._model
+    def forget(self) -> None:
+        """Have `model` ask again: what it told is no longer so."""
+        self._models.pop(self._answered, None)
+        self._answered = ""
 
-    async def _ask_model(self, timeout: float) -> Model:
-        request = pb.ModelConfigRequest(name=_wire.MODEL)
-        return _wire.model((await self.call("ModelConfig", request, timeout=timeout)).config)
+    def _ask(self, version: str, timeout: float) -> asyncio.Task[Model]:
+        if version not in self._asking:
+            asking = asyncio.ensure_future(self._ask_model(version, timeout))
+            self._asking[version] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(version))
+        return self._asking[version]
+
+    async def _ask_model(self, version: str, timeout: float) -> Model:
+        request = pb.ModelConfigRequest(name=_wire.MODEL, version=version)
+        config = (await self.call("ModelConfig", request, timeout=timeout)).config
+        model = _wire.model(config, version)
+        self._models[model.version] = model
+        if not version and not self._answered:
+            self._answered = model.version
+        return model
 
 
 def _by(response: Any) -> str:

@@ -18,7 +18,14 @@ from ._question import Question
 from ._settings import Settings
 from ._source import chunks
 from ._telemetry import annotate, log
-from .errors import BadImage, InvalidRequest, ServerError, is_too_large
+from .errors import (
+    BadImage,
+    InvalidRequest,
+    ModelChanged,
+    ServerError,
+    is_too_large,
+    is_too_many,
+)
 from .types import Item
 
 # A request keeps well below the 64 MiB that proxies and servers commonly allow, if its images let
@@ -44,6 +51,7 @@ class Answered(NamedTuple):
 
     answers: dict[str, Any]
     model_version: str
+    sent: bytes
 
 
 class Engine:
@@ -77,6 +85,19 @@ class Engine:
     async def chunk(
         self, question: Question, images: list[Any], first: int, timeout: float
     ) -> list[Item[Any]]:
+        """As `_chunk`; again where images were scaled for a model that has gone since."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return await self._chunk(question, images, first, timeout)
+            except ModelChanged:
+                if question.model_version or time.monotonic() >= deadline:
+                    raise
+                self.connection.forget()
+
+    async def _chunk(
+        self, question: Question, images: list[Any], first: int, timeout: float
+    ) -> list[Item[Any]]:
         """Answers to a few images, the first of which has index `first`. A bad image becomes an
         item with an error; every other failure raises.
 
@@ -84,7 +105,10 @@ class Engine:
         time is a bad one: it is no fault of the server, and the others have their answers.
         """
         begun = time.monotonic()
-        model = await self.connection.model(timeout)
+        model = await self.connection.model(timeout, question.model_version)
+        if not all(isinstance(image, ENCODED) or is_read(image) for image in images):
+            # They are scaled to its size, and mean something else to one of another.
+            question = question.of_model(model.version)
         most = max(1, model.max_request_bytes - _FRAME_BYTES)
         load = partial(encode, size=model.image_size, most=most)
         results: dict[int, Any] = {}
@@ -165,7 +189,12 @@ class Engine:
                 )
             except InvalidRequest as error:
                 deadline = time.monotonic() + timeout
+                if is_too_many(error):  # another server's setting than the one that has told
+                    self.connection.forget()
+                    return results | await self._in_parts(question, files, timeout, error)
                 if is_too_large(error, message.ByteSize()):
+                    if len(files) > 1:
+                        self._room = min(self._room, sum(map(len, files.values())) // 2)
                     return results | await self._in_parts(question, files, timeout, error)
                 rows = list(files)
                 bad = {
@@ -189,8 +218,8 @@ class Engine:
                 self.connection.answered(response.model_version)
                 annotate(model_version=response.model_version)
                 results.update(
-                    (position, Answered(answer, response.model_version))
-                    for position, answer in zip(files, answers, strict=True)
+                    (position, Answered(answer, response.model_version, data))
+                    for (position, data), answer in zip(files.items(), answers, strict=True)
                 )
                 break
         return results
@@ -199,11 +228,9 @@ class Engine:
         self, question: Question, files: dict[int, bytes], timeout: float, error: InvalidRequest
     ) -> dict[int, Any]:
         """Results of a request that was too large, to the server or to a proxy before it, although
-        it kept to what the server tells: in smaller ones, which are the rule from now on."""
+        it kept to what the server tells: in smaller ones."""
         if len(files) == 1:
             return {row: too_large(len(data), error.message) for row, data in files.items()}
-        size = sum(len(data) + 4 for data in files.values())
-        self._room = min(self._room, size // 2)
         half = len(files) // 2
         results: dict[int, Any] = {}
         for rows in (list(files)[:half], list(files)[half:]):
@@ -219,7 +246,7 @@ class Engine:
     ) -> AsyncGenerator[list[Item[Any]], None]:
         """Items of all images, in order, a chunk at a time. Closing it cancels what is in
         flight."""
-        model = await self.connection.model(timeout)
+        model = await self.connection.model(timeout, question.model_version)
         fitting = max(1, _MAX_ANSWER_BYTES // question.answer_bytes(model))
         source = chunks(images, min(model.max_batch_size, fitting))
         window = _Window(self.connection.settings.concurrency, timeout)
@@ -302,7 +329,10 @@ class _Window:
 
 def _item(task: str, index: int, image: Any, result: Any) -> Item[Any]:
     if isinstance(result, Answered):
-        return Item(index, image, result.answers, model_version=result.model_version)
+        # A file that was open is read, and may not be read again.
+        sent = result.sent if hasattr(image, "read") else None
+        version = result.model_version
+        return Item(index, image, result.answers, model_version=version, _sent=sent)
     reason = str(result)
     refused = isinstance(result, Refused)
     error = BadImage(

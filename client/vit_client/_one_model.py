@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections import Counter
 from typing import Any
 
 from ._engine import Engine
@@ -16,8 +18,8 @@ async def ask(engine: Engine, asked: Question, images: Any, timeout: float) -> l
     """Items of all images, in order, all of one model.
 
     During a rolling update the first rows may be from one model and the last from another. Then
-    those of the others are asked again, of the one that answered last; and all of them, if that has
-    gone as well.
+    those of the others are asked again, of the one that has answered most; of the next one, if that
+    has gone since; and all of them of whichever answers, if all have.
 
     Raises:
         ModelChanged: They are still of several models after `timeout` seconds more.
@@ -32,11 +34,12 @@ async def ask(engine: Engine, asked: Question, images: Any, timeout: float) -> l
                 f"{timeout:g} s were not enough to have all answers from one of them",
                 task=asked.task,
             )
-        last = versions[-1]
-        others = [item for item in items if not item.error and item.model_version != last]
-        try:
-            await _again(engine, asked.of_model(last), items, others, timeout)
-        except ModelChanged:
+        for version, _ in Counter(versions).most_common():
+            others = [item for item in items if not item.error and item.model_version != version]
+            with contextlib.suppress(ModelChanged):
+                await _again(engine, asked.of_model(version), items, others, timeout)
+                break
+        else:
             await _again(engine, asked, items, list(items), timeout)
     return items
 
@@ -46,7 +49,8 @@ async def _again(
 ) -> None:
     """Put new answers in the places of `these`."""
     old = iter(these)
-    async for batch in engine.batches(asked, [item.image for item in these], timeout):
+    images = [item._sent or item.image for item in these]
+    async for batch in engine.batches(asked, images, timeout):
         for item, place in zip(batch, old, strict=False):
             items[place.index] = _moved(item, place.index)
 

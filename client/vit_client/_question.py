@@ -117,16 +117,23 @@ def question(
         raise ValueError(f"into goes with the task 'analyze', not with {task!r}")
     else:
         answers = _OF_TASK[task]
-    if model_version is not None and not re.fullmatch(r"[1-9]\d{0,18}", model_version):
-        raise ValueError(f"model_version must be a number as text, not {model_version!r}")
     return Question(
         task,
         answers,
         top_k if "predictions" in answers else 0,
         into,
         os.urandom(8).hex() if request_id is None else _checked(request_id),
-        model_version or "",
+        check_version(model_version),
     )
+
+
+def check_version(version: Any) -> str:
+    """ "" for None; raises ValueError where it is no version."""
+    if version is None:
+        return ""
+    if isinstance(version, str) and re.fullmatch(r"[1-9]\d{0,17}", version):
+        return version
+    raise ValueError(f"model_version must be a number as text, not {version!r}")
 
 
 def _checked(request_id: Any) -> str:

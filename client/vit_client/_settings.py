@@ -208,7 +208,8 @@ def _with_port(address: str, url: str) -> str:
 
 def host_and_port(target: str) -> tuple[str, int] | tuple[str]:
     """Of gRPC's target, for those who look at traces; whole where it has another form."""
-    match = re.fullmatch(r"(?:dns:///)?\[?([^\s/\[\]]+?)\]?:(\d+)", target)
+    one = r"(?:dns:///|ipv[46]:)?\[?([^\s/,\[\]]+?)\]?:(\d+)"
+    match = re.fullmatch(one, target)
     return (match[1], int(match[2])) if match else (target,)
 
 
@@ -233,7 +234,7 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
     metadata = {}
     for name, value in pairs.items():
         lower = str(name).lower()  # gRPC takes no others
-        if not re.fullmatch(r"[a-z0-9_.-]+", lower) or lower.endswith("-bin"):
+        if not is_header(lower, ""):
             raise ConfigurationError(f"{label}: {name!r} is not the name of a text header in gRPC")
         if not _is_sendable(value):
             raise ConfigurationError(
@@ -246,6 +247,12 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
     if secret := secret.strip():
         metadata["authorization"] = f"Bearer {secret}"
     return tuple(metadata.items())
+
+
+def is_header(name: str, value: str) -> bool:
+    """Whether gRPC takes it as metadata in text."""
+    named = re.fullmatch(r"[a-z0-9_.-]+", name) and not name.endswith("-bin")
+    return bool(named) and _is_sendable(value)
 
 
 def _is_sendable(value: Any) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
+from functools import partial
 from typing import Any
 
 # How long to wait for a chunk to fill. A source that is slower than this is not held up by
@@ -31,7 +33,9 @@ async def chunks(
     else:
         reading = None
         # A daemon, because a source that blocks for ever must not keep the process alive.
-        threading.Thread(target=reader.read, args=(images,), daemon=True, name="vit-read").start()
+        # In this context: what it traces hangs below the same span.
+        read = partial(contextvars.copy_context().run, reader.read, images)
+        threading.Thread(target=read, daemon=True, name="vit-read").start()
     try:
         while chunk := await reader.next_chunk():
             yield chunk

@@ -486,15 +486,21 @@ class Client:
             on_error,
         )
 
-    def model(self, *, timeout: float | None = None) -> Model:
+    def model(self, *, timeout: float | None = None, model_version: str | None = None) -> Model:
         """What the server serves: name, sizes, classes, precision, whether it is trained.
 
-        The server is asked once for each client.
+        Args:
+            timeout: Seconds; the client's own if not given.
+            model_version: The model of this version; if not given, the one that has answered this
+                client last. The server is asked once for each.
 
         Raises:
+            ModelChanged: The server has another one.
             ModelNotServed: A server answers, but it serves other models.
         """
-        return self._bridge.run(self._bridge.client.model(timeout=timeout))
+        return self._bridge.run(
+            self._bridge.client.model(timeout=timeout, model_version=model_version)
+        )
 
     def health(self, *, timeout: float = 5.0) -> Health:
         """Whether the server answers, tried with a real image. Returns instead of raising, and

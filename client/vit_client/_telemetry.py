@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import grpc
 
 from ._question import Question
-from ._settings import Settings, host_and_port
-from .errors import VitClientError
+from ._settings import Settings, host_and_port, is_header
+from .errors import VitClientError, shortened
 
 try:
     from opentelemetry import metrics, propagate, trace
@@ -111,11 +111,15 @@ class Telemetry:
             # Triton would send its spans also where nobody keeps the trace.
             if span.get_span_context().trace_flags.sampled:
                 propagate.inject(carrier)
-            own = {name for name, _ in self._metadata}
-            added = ((name, value) for name, value in carrier.items() if name not in own)
+            own = dict(self._metadata)
+            added = {
+                name.lower(): value  # gRPC takes no others
+                for name, value in carrier.items()
+                if is_header(name.lower(), value)
+            }
             code = 0
             try:
-                yield (*self._metadata, *added)
+                yield tuple({**added, **own}.items())
             except grpc.RpcError as failure:
                 code = failure.code().value[0]
                 raise
@@ -141,7 +145,14 @@ class Telemetry:
         try:
             with _under(span if current else None):
                 yield span
-        except (Exception, asyncio.CancelledError) as error:
+        except grpc.RpcError as error:
+            span.set_attribute("error.type", error.code().name)
+            span.set_status(trace.StatusCode.ERROR, error.details())
+            raise
+        except asyncio.CancelledError:  # by the caller, which is no failure
+            span.set_attribute("error.type", "CancelledError")
+            raise
+        except Exception as error:
             span.set_attribute("error.type", type(error).__name__)
             span.set_status(trace.StatusCode.ERROR, str(error))
             raise
@@ -159,7 +170,8 @@ def annotate(**attributes: Any) -> None:
 
 def retrying(name: str, error: VitClientError, number: int, pause: float) -> None:
     """Say that the request of this name, after try `number`, is tried again."""
-    log.info("%s: try %d failed, again in %.3f s: %s", name, number, pause, error.message)
+    why = shortened(error.message, 1000)
+    log.info("%s: try %d failed, again in %.3f s: %s", name, number, pause, why)
     if _installed:
         event: dict[str, str | float] = {
             "error.type": type(error).__name__,

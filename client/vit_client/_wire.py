@@ -88,8 +88,12 @@ def bad_rows(details: str) -> dict[int, str]:
     return {int(match[1]): match[2].strip() for match in matches if match}
 
 
-def model(config: Any) -> Model:
-    """What a ModelConfig of `vit` tells. Raises ModelNotServed if that is not our model."""
+def model(config: Any, version: str = "") -> Model:
+    """What a ModelConfig of `vit` tells; of `version`, where it does not tell that itself.
+
+    Raises:
+        ModelNotServed: It is not our model.
+    """
     dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
     text = {name: value.string_value for name, value in config.parameters.items()}
     try:
@@ -97,7 +101,7 @@ def model(config: Any) -> Model:
         depth, rows, columns = dims["neck__2"]
         return Model(
             name=text.get("model_name", ""),
-            version=text.get("model_version", ""),
+            version=text.get("model_version", version),
             image_size=(height, width),
             classes=dims["probabilities__0"][0],
             embedding_size=dims["embedding__1"][0],

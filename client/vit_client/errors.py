@@ -75,7 +75,8 @@ class VitClientError(Exception):
         self.request_id = request_id
 
     def __str__(self) -> str:
-        return f"{self.message} [request {self.request_id}]" if self.request_id else self.message
+        named = not self.request_id or self.request_id in self.message  # by Triton, for one
+        return self.message if named else f"{self.message} [request {self.request_id}]"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their positional arguments, which would lose the attributes:
@@ -348,6 +349,11 @@ def is_other_model(error: VitClientError) -> bool:
 def is_neighbours(error: VitClientError) -> bool:
     """Whether it was another caller's malformed request that failed."""
     return isinstance(error, Unavailable) and bool(_NEIGHBOUR.match(error.details or ""))
+
+
+def is_too_many(error: InvalidRequest) -> bool:
+    """Whether a request had more images than the server takes in one."""
+    return "batch-size must be <=" in (error.details or "")
 
 
 def is_too_large(error: InvalidRequest, size: int) -> bool:

@@ -91,6 +91,7 @@ class Item(Generic[ResultT]):
     model_version: str = ""
     """Which model the result is from, as in `Model.version`; "" where there is an error. Results
     of different models must not be compared: a server may be replaced during a stream."""
+    _sent: bytes | None = field(default=None, repr=False, compare=False)
 
     @property
     def result(self) -> ResultT:

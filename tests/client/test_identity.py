@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import io
 import json
 import subprocess
 import threading
@@ -16,7 +17,7 @@ from conftest import GOLDENS, Server, built, serving
 from tritonclient.grpc import InferenceServerClient, InferInput
 from vit_client import AsyncClient, BadImages, Client, ModelChanged
 
-from .conftest import encoded
+from .conftest import encoded, pixels
 from .proxy import Proxy
 from .test_cli import vit_client
 
@@ -32,6 +33,19 @@ def other_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("other") / "models"
     settings = vit_builder.Settings(precision="fp32", max_batch_size=16, top_k=12)
     vit_builder.build(dataclasses.replace(tiny, state=state), settings, folder)
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def large_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model of images twice as large, and of smaller batches."""
+    config = dataclasses.replace(
+        vit_builder.load(GOLDENS / "tiny.pt").config, image_size=(128, 128)
+    )
+    folder = tmp_path_factory.mktemp("large") / "models"
+    settings = vit_builder.Settings(precision="fp32", max_batch_size=4, top_k=12)
+    vit_builder.build(vit_builder.random(config), settings, folder)
     with serving(folder) as server:
         yield server
 
@@ -73,7 +87,7 @@ def test_every_client_sees_the_same_number(tiny_server: Server) -> None:
     )
     assert f'"model_version":"{version(tiny_server)}"'.encode() in curl.stdout
     with urllib.request.urlopen(tiny_server.metrics_url, timeout=30) as metrics:
-        assert f'model="embed",version="{version(tiny_server)}"'.encode() in metrics.read()
+        assert f'model="vit",version="{version(tiny_server)}"'.encode() in metrics.read()
 
 
 def replacing(proxy: Proxy, new: list[str], after: int) -> Iterator[bytes]:
@@ -173,9 +187,101 @@ def test_a_stream_of_one_model_only(proxy: Proxy, urls: list[str], tiny_server: 
         with pytest.raises(ModelChanged, match="another model") as caught:
             list(client.stream(IMAGES, model_version=first, request_id="mine"))
         assert caught.value.request_id.startswith("mine")
-        with pytest.raises(ValueError, match="model_version must be a number as text"):
-            client.stream(IMAGES, model_version="latest")
+        for wrong in ("latest", "", "0", 12345, "9" * 19):
+            with pytest.raises(ValueError, match="model_version must be a number as text"):
+                client.stream(IMAGES, model_version=wrong)  # type: ignore[call-overload]
     assert first == version(tiny_server)
+
+
+def test_open_files_while_both_answer(proxy: Proxy, urls: list[str]) -> None:
+    """What is asked again was read before, and is not read again: here from where it stands."""
+    proxy.targets = urls
+
+    def opened(number: int) -> io.BytesIO:
+        file = io.BytesIO(b"something else" + IMAGES[number])
+        file.seek(len(b"something else"))
+        return file
+
+    both = [embeddings(url) for url in urls]
+    with Client(proxy.url) as client:
+        for _ in range(5):
+            got = client.embed([opened(number) for number in range(40)])
+            assert min(np.abs(got - one).max() for one in both) < 1e-5
+
+
+def test_arrays_are_scaled_for_the_model_that_answers(
+    proxy: Proxy, tiny_server: Server, large_server: Server
+) -> None:
+    """Whatever answers, and also after one has taken the other's place."""
+    arrays = [pixels(seed, 300, 200) for seed in range(12)]
+    expected = {}
+    for server in (tiny_server, large_server):
+        with Client(server.url) as client:
+            expected[version(server)] = client.embed(arrays)
+    urls = [tiny_server.url, large_server.url]
+    with Client(proxy.url) as client:
+        for targets in (urls[:1], urls[1:], urls, urls[:1]):
+            proxy.targets = targets
+            for row, array in enumerate(arrays[:4]):
+                got = client.embed(array)
+                np.testing.assert_allclose(got, expected[client.model().version][row], atol=1e-5)
+            got = client.embed(arrays)
+            assert min(np.abs(got - one).max() for one in expected.values()) < 1e-5
+            for item in client.stream(arrays):
+                right = expected[item.model_version][item.index]
+                np.testing.assert_allclose(item.result, right, atol=1e-5)
+        proxy.targets = urls
+        for number, right in expected.items():
+            for item in client.stream(arrays, model_version=number):
+                np.testing.assert_allclose(item.result, right[item.index], atol=1e-5)
+
+
+def test_smaller_batches_than_the_server_told(
+    proxy: Proxy, tiny_server: Server, large_server: Server
+) -> None:
+    with Client(proxy.url) as client:
+        client.model()
+        proxy.targets = [large_server.url]  # before it has answered
+        got = client.embed(IMAGES)
+        assert client.model().max_batch_size == 4
+    with Client(large_server.url) as client:
+        np.testing.assert_allclose(got, client.embed(IMAGES), atol=1e-5)
+
+
+def test_the_model_is_the_one_that_answered(proxy: Proxy, urls: list[str]) -> None:
+    proxy.targets = urls
+    expected = {}
+    for url in urls:
+        with Client(url) as client:
+            expected[client.model().version] = client.embed(IMAGES[0])
+    for _ in range(10):
+        with Client(proxy.url) as client:
+            got = client.embed(IMAGES[0])
+            np.testing.assert_allclose(got, expected[client.model().version], atol=1e-5)
+            for number in expected:
+                assert client.model(model_version=number).version == number
+            with pytest.raises(ModelChanged):
+                client.model(model_version="12345")
+
+
+@pytest.mark.parametrize("command", ["embed", "classify", "analyze"])
+def test_what_is_printed_is_of_one_model(
+    proxy: Proxy, urls: list[str], photos: Path, command: str
+) -> None:
+    proxy.targets = urls
+    for number in range(60):  # several requests
+        (photos / f"more-{number}.png").write_bytes(encoded(0))
+    for _ in range(2):
+        ran = vit_client(proxy.url, command, photos, "--json")
+        assert ran.returncode == 0, ran.stderr
+        lines = [json.loads(line) for line in ran.stdout.splitlines()]
+        assert len({line["model_version"] for line in lines}) == 1
+        same = [line for line in lines if Path(line["image"]).name.startswith("more-")]
+        if command == "classify":
+            numbers = [[guess["score"] for guess in line["predictions"]] for line in same]
+        else:
+            numbers = [line["embedding"] for line in same]
+        assert np.ptp(np.array(numbers), axis=0).max() < 1e-5
 
 
 def test_a_client_learns_of_the_new_model(proxy: Proxy, urls: list[str]) -> None:
@@ -187,7 +293,7 @@ def test_a_client_learns_of_the_new_model(proxy: Proxy, urls: list[str]) -> None
         proxy.targets = urls[:1]
         client.embed(IMAGES[0])
         assert client.model() == old != new
-        # The two that have told of themselves are not asked again.
+        # Those that have told of themselves are not asked again.
         assert proxy.calls.count("ModelConfig") == 2
 
 
@@ -223,7 +329,9 @@ def test_embed_to_a_file_is_of_one_model(
     assert "images by another model than this server's: delete it to begin anew" in ran.stderr
     assert all(number in ran.stderr for number in versions)
 
-    ran = vit_client(urls[0], *command)  # a server of the first model: goes on
+    # A server of the first model goes on, also where another has the same name.
+    proxy.handle, proxy.targets = handle, urls  # type: ignore[method-assign]
+    ran = vit_client(proxy.url, *command)
     assert "resuming" in ran.stderr
     assert ran.returncode == 0
     images = sorted(photos.iterdir())
@@ -234,6 +342,5 @@ def test_embed_to_a_file_is_of_one_model(
     ran = vit_client(urls[1], "similar", images[0], "--to", output)
     assert ran.returncode == 2
     assert "is of another model than the server's" in ran.stderr
-    proxy.handle, proxy.targets = handle, urls  # type: ignore[method-assign]
     ran = vit_client(proxy.url, "similar", images[0], "--to", output, "-n", "1")
     assert ran.stdout == f" 1.0000  {images[0]}\n"  # of the two, the one that it is of was asked

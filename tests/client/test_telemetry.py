@@ -6,7 +6,7 @@ import sys
 
 import grpc
 import pytest
-from opentelemetry import metrics, trace
+from opentelemetry import metrics, propagate, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -93,6 +93,8 @@ def test_a_retry_is_an_event_and_another_try(proxy: Proxy, spans: InMemorySpanEx
     ]
     assert all(below(span, call.context) for span in attempts)
     assert not attempts[0].status.is_ok
+    assert attempts[0].status.description == FULL[1]
+    assert (attempts[0].attributes or {})["error.type"] == "UNAVAILABLE"
     assert call.status.is_ok
     (event,) = call.events
     assert event.name == "retry"
@@ -177,6 +179,19 @@ def test_the_callers_own_traceparent_stays(proxy: Proxy) -> None:
     with Client(proxy.url, headers={"traceparent": own}) as client:
         client.embed(IMAGE)
     assert proxy.headers["traceparent"] == own
+
+
+def test_headers_of_any_propagator(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC takes names in lower case and values in ASCII only; the rest is left out."""
+
+    def inject(carrier: dict[str, str]) -> None:
+        carrier |= {"X-Amzn-Trace-Id": "Root=1", "x-more": "ü", "x-bytes-bin": "a", "x y": "b"}
+
+    monkeypatch.setattr(propagate, "inject", inject)
+    with Client(proxy.url) as client:
+        client.embed(IMAGE)
+    assert proxy.headers["x-amzn-trace-id"] == "Root=1"
+    assert not {"x-more", "x-bytes-bin", "x y"} & proxy.headers.keys()
 
 
 def test_a_trace_that_is_not_kept_ends_here(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -566,7 +566,9 @@ def test_first_calls_of_many_threads_keep_their_deadlines(proxy: Proxy) -> None:
         late = list(pool.map(call, [0.5, 1, 0.5, 1, 0.5, 1, 0.5, 1]))
     assert max(late) < 0.4
     assert min(late) > -0.1
-    assert proxy.calls == ["ModelConfig"] * 2  # again for those with time left
+    # Again for those with time left; but never by each.
+    assert set(proxy.calls) == {"ModelConfig"}
+    assert 2 <= len(proxy.calls) < 8
 
 
 @pytest.mark.parametrize("blocked", ["SIGUSR1", "SIGINT"], ids=["any thread", "another thread"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .._sync import Client
 from ..errors import ConfigurationError, ModelChanged, shortened
@@ -21,7 +23,7 @@ from ._common import (
     warn_if_untrained,
 )
 from ._inputs import STDIN, Images, expand
-from ._journal import Journal
+from ._journal import Journal, left_model
 from ._report import error, note
 
 
@@ -38,7 +40,7 @@ def embed_to_file(options: Namespace) -> int:
         _keep_other_images(output, names)
     with connect(options) as client:
         warn_if_untrained(client)
-        model = client.model()
+        model = _model(client, output)
         if top_k > model.max_top_k:  # before the journal drops what another top_k left
             raise ConfigurationError(f"--top-k must be from 1 to {model.max_top_k}, not {top_k}")
         journal = Journal(output, describe(model), top_k)
@@ -63,6 +65,16 @@ def embed_to_file(options: Namespace) -> int:
         with_classes = f", and the {classes} of each" if top_k else ""
         print(f"{output}: {len(good)} × {model.embedding_size} float32{with_classes}")
     return IMAGES_FAILED if failed or told else OK
+
+
+def _model(client: Client, output: Path) -> Model:
+    """The model whose answers an interrupted run has left, where the server has it; several may
+    answer behind one name."""
+    version = str(described(left_model(output)).get("model_version", ""))
+    if version:
+        with contextlib.suppress(ModelChanged):
+            return client.model(model_version=version)
+    return client.model()
 
 
 def _kept(journal: Journal, *, gone: bool) -> str:
@@ -108,6 +120,15 @@ def describe(model: Model) -> str:
     )
 
 
+def described(text: str) -> dict[str, Any]:
+    """What `describe` wrote; empty where it was something else."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = None
+    return told if isinstance(told, dict) else {}
+
+
 def _embed_missing(
     client: Client, names: Sequence[str], journal: Journal, top_k: int, version: str
 ) -> set[str]:
@@ -131,8 +152,12 @@ def _embed_missing(
         progress=bar,
         model_version=version or None,
     )
+    versions = set()
     for item, name in zip(stream, missing, strict=True):
         if item.error is None:
+            versions.add(item.model_version)
+            if len(versions) > 1:  # the first one's builder has given it no number to ask for
+                raise ModelChanged(f"{client.model().name}: another model answers now")
             journal.add(name, item.result if top_k else Analysis([], item.result))
         else:
             error(f"{shortened(name)}: {item.error.reason}")

@@ -21,6 +21,25 @@ from ._tables import Block
 _COMMIT_SECONDS = 1.0
 
 
+def left_model(output: Path) -> str:
+    """The model of what an interrupted run has left beside `output`; "" if there is nothing."""
+    try:
+        uri = f"{_path(output).absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, timeout=0, uri=True)) as db:
+            (left,) = db.execute("SELECT model FROM model").fetchone() or ("",)
+    except sqlite3.Error:  # or it is damaged, or another run's, which is told when it is opened
+        return ""
+    return _of_model(left)
+
+
+def _path(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _of_model(asked: str) -> str:
+    return asked.rsplit(", top_k ", 1)[0]
+
+
 class Journal:
     """Answers by image, as far as they are known.
 
@@ -35,7 +54,7 @@ class Journal:
             ConfigurationError: It is of another model, another run has it open, or it is damaged.
             CannotWrite: No permission, or the disk is full; here and in the other methods.
         """
-        self.path = output.with_name(output.name + ".partial")
+        self.path = _path(output)
         self._last_commit = time.monotonic()
         # Never what a version without classes wrote here: its rows have other columns.
         asked = f"{model}, top_k {top_k}"
@@ -45,7 +64,7 @@ class Journal:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("CREATE TABLE IF NOT EXISTS model (model TEXT)")
             for (left,) in self._db.execute("SELECT model FROM model").fetchall():
-                self._refuse_another(left.rsplit(", top_k ", 1)[0], model)
+                self._refuse_another(_of_model(left), model)
             if self._db.execute("SELECT model FROM model").fetchall() != [(asked,)]:
                 self._db.execute("DELETE FROM model")
                 self._db.execute("DROP TABLE IF EXISTS rows")

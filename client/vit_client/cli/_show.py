@@ -36,11 +36,12 @@ def as_text(task: str) -> Show:
     return lambda name, result: print(describe[task](name, result))
 
 
-def as_json(task: str) -> Show:
-    """One JSON object a line, for programs."""
+def as_json(task: str, version: str) -> Show:
+    """One JSON object a line, for programs; each tells the model's version."""
 
     def show(name: str, result: Any) -> None:
-        print_json({"image": escaped(name), **_json_fields(task, result)})
+        fields = _json_fields(task, result)
+        print_json({"image": escaped(name), **fields, "model_version": version})
 
     return show
 

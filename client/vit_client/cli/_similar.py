@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from .._sync import Client
 from ..errors import ConfigurationError, ModelChanged, shortened
 from . import _tables
 from ._common import OK, connect, escaped
-from ._embed import describe
+from ._embed import describe, described
 from ._inputs import image
 from ._show import print_json
 
@@ -45,7 +44,7 @@ def _embed(client: Client, options: Namespace, model: str) -> Array:
     Raises:
         ConfigurationError: The server has another one.
     """
-    told = _read(model)
+    told = described(model)
     version = str(told.get("model_version", ""))
     try:
         stream = client.stream([image(options.query)], model_version=version or None)
@@ -64,16 +63,8 @@ def _embed(client: Client, options: Namespace, model: str) -> Array:
     return query
 
 
-def _read(model: str) -> dict[str, Any]:
-    try:
-        told = json.loads(model)
-    except ValueError:
-        told = None
-    return told if isinstance(told, dict) else {}
-
-
 def _older(model: str) -> dict[str, Any]:
-    return {name: value for name, value in _read(model).items() if name != "model_version"}
+    return {name: value for name, value in described(model).items() if name != "model_version"}
 
 
 def best(query: Array, embeddings: Array, number: int) -> list[tuple[int, float]]:
