@@ -194,7 +194,8 @@ class Engine:
                     return results | await self._in_parts(question, files, timeout, error)
                 if is_too_large(error, message.ByteSize()):
                     if len(files) > 1:
-                        self._room = min(self._room, sum(map(len, files.values())) // 2)
+                        size = sum(len(data) + 4 for data in files.values())
+                        self._room = min(self._room, size // 2)
                     return results | await self._in_parts(question, files, timeout, error)
                 rows = list(files)
                 bad = {

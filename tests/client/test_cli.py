@@ -96,7 +96,7 @@ def test_analyze_prints_what_classify_and_embed_print(url: str, folder: Path) ->
         **json.loads(printed("classify", "-k", 2, "--json")),
         **json.loads(printed("embed", "--json")),
     }
-    assert list(both) == ["image", "predictions", "embedding"]
+    assert list(both) == ["image", "predictions", "embedding", "model_version"]
     assert printed("analyze").count("%") == 5
 
 

@@ -74,13 +74,13 @@ def test_the_bound_of_a_server_that_tells_none(
 ) -> None:
     right = _wire.model
 
-    def model(config: Any) -> Any:
+    def model(config: Any, version: str) -> Any:
         changed = model_config_pb2.ModelConfig()
         changed.CopyFrom(config)
         changed.parameters.pop("max_request_bytes", None)
         for name, value in told.items():
             changed.parameters[name].string_value = value
-        return right(changed)
+        return right(changed, version)
 
     monkeypatch.setattr(_wire, "model", model)
     assert client.model().max_request_bytes == bytes_
@@ -176,7 +176,7 @@ def test_what_something_on_the_way_finds_too_large_is_named(proxy: Proxy, tmp_pa
 
 def test_a_proxy_that_says_413_names_the_image(url: str, client: Client) -> None:
     with peering(url, http_status(413)) as peer, Client(peer.url) as behind:
-        behind._bridge.client._engine.connection._model = client.model()
+        behind._bridge.client._engine.connection._models[""] = client.model()
         with pytest.raises(BadImage, match=r"image 0: is 12\.1 KiB, too large .*413"):
             behind.embed(encoded(0))
 
@@ -184,7 +184,7 @@ def test_a_proxy_that_says_413_names_the_image(url: str, client: Client) -> None
 def test_an_answer_that_is_too_large_is_no_fault_of_the_image(url: str, client: Client) -> None:
     options = [("grpc.max_receive_message_length", 200)]
     with Client(url, channel_options=options) as narrow:
-        narrow._bridge.client._engine.connection._model = client.model()
+        narrow._bridge.client._engine.connection._models[""] = client.model()
         with pytest.raises(InvalidRequest, match="larger than max"):
             narrow.embed(encoded(0))
 
