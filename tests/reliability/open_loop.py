@@ -107,7 +107,7 @@ class Load:
                     if isinstance(error, Overloaded):
                         outcome.refused.append(time.monotonic() - started)
                     else:
-                        outcome.other[str(error)] += 1
+                        outcome.other[error.message] += 1
                     return
                 outcome.answered.append(time.monotonic() - started)
                 difference = np.abs(_embedding(response) - known[i]).max()

@@ -82,7 +82,7 @@ async def kill_under_load(url: str, pid: int, known: Known) -> tuple[Counter[str
                 outcome = "answered" if same(answer, right[four]) else "WRONG"
             except VitClientError as error:
                 outcome = type(error).__name__ + (
-                    " (retryable)" if error.retryable else f": {error}"
+                    " (retryable)" if error.retryable else f": {error.message}"
                 )
             outcomes[outcome] += 1
             if killed and time.monotonic() > killed + 2:
@@ -300,13 +300,13 @@ async def one_by_one(url: str, known: Known, white: int = 0, retries: int = 0) -
         try:
             return "right" if same(await client.embed(images[i]), right[i]) else "WRONG"
         except VitClientError as error:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error.message}"
 
     async def ask_white() -> str:
         try:
             return f"white: {await client.embed(png(np.full((8, 8, 3), 255, np.uint8)))}"
         except VitClientError as error:
-            return f"white: {error}"
+            return f"white: {error.message}"
 
     async with AsyncClient(url, retries=retries, timeout=30) as client:
         asking = [ask(i % len(images)) for i in range(96)]
