@@ -89,7 +89,8 @@ def repositories(folder: Path) -> Iterator[tuple[Path, Path]]:
         whole, around = Path(temporary, "models"), Path(temporary, "without decoding")
         vit_builder.build(vit_builder.random(config), settings, whole)
         shutil.copytree(whole, around)
-        with (around / "preprocess" / "1" / "decode.py").open("a") as file:
+        (decode,) = around.glob("preprocess/*/decode.py")
+        with decode.open("a") as file:
             file.write(NO_DECODING)
         yield whole, around
 
