@@ -178,6 +178,13 @@ def roots_of_ours(span: Span) -> bool:
     )
 
 
+def stopped(server: Server) -> str:
+    """What it has said on standard error, to its end."""
+    server.process.terminate()
+    assert server.process.stderr is not None
+    return server.process.stderr.read()
+
+
 def test_collector_that_is_away_and_comes_back(
     tiny_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +197,7 @@ def test_collector_that_is_away_and_comes_back(
         with otlp.receiver(port) as received:
             ask(server, received, by_http, "embed")
         by_http(server, "embed", PHOTO, Caller().headers)
-        server.process.terminate()
-        assert server.process.stderr is not None
-        said = server.process.stderr.read()
+        said = stopped(server)
     assert server.process.returncode == 0
     # Once a minute at most, and not in Triton's words.
     assert "vit-server: traces cannot be sent: connection failed. Failed to connect" in said
@@ -211,9 +216,7 @@ def test_collector_that_never_answers(
         with serving(tiny_repository, "--otlp", url, errors=True) as server:
             for _ in range(30):
                 by_http(server, "embed", PHOTO, Caller().headers)
-            server.process.terminate()
-            assert server.process.stderr is not None
-            said = server.process.stderr.read()
+            said = stopped(server)
     assert server.process.returncode == 0
     assert "vit-server: traces cannot be sent: queue is full - dropping span" in said
     assert "BatchSpanProcessor" not in said

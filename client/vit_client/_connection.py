@@ -30,7 +30,6 @@ from .errors import (
     from_grpc,
     is_neighbours,
     is_not_begun,
-    is_other_model,
     is_stopping,
     shortened,
 )
@@ -87,7 +86,7 @@ class Connection:
         self._neighbour_budget = RetryBudget(per_success=1, per_second=40)
         self._answered = ""  # the version that has answered last; "" before that
         self._models: dict[str, Model] = {}  # all that have told of themselves, by version
-        self._asking: dict[str, asyncio.Task[Model]] = {}  # the same, now
+        self._asking: dict[str, asyncio.Task[None]] = {}  # those that are asked now
 
     def _open(self) -> _Open:
         """The channel. It is opened on first use, so that a client which was made before a fork,
@@ -244,7 +243,7 @@ class Connection:
         self, error: VitClientError, tries: _Tries, left: int, deadline: float
     ) -> float | None:
         """Seconds to wait before the next try, of `left` that count; None if there is none."""
-        unseen = is_not_begun(error) or is_other_model(error)
+        unseen = is_not_begun(error) or isinstance(error, ModelChanged)
         if (unseen or (is_stopping(error) and left)) and tries.turned_away < _MOST_TURNED_AWAY:
             tries.turned_away += 1
             return random.uniform(0, 0.05)
@@ -296,13 +295,11 @@ class Connection:
                     raise DeadlineExceeded(
                         f"no answer from {self.settings.target} within {timeout:.3g} s"
                     ) from None
-            except ModelChanged as error:
-                if version:
-                    raise copy.copy(error) from error.__cause__
-                self.forget()  # it has gone since
             except VitClientError as error:
-                # All who wait get this one; each is to have its own, for the id of its request.
-                raise copy.copy(error) from error.__cause__
+                if version or not isinstance(error, ModelChanged):
+                    # All who wait get this one; each is to have its own, for its request's id.
+                    raise copy.copy(error) from error.__cause__
+                self.forget()  # the one that answered last has gone since
         return self._models[wanted]
 
     def answered(self, version: str) -> None:
@@ -314,21 +311,20 @@ class Connection:
         self._models.pop(self._answered, None)
         self._answered = ""
 
-    def _ask(self, version: str, timeout: float) -> asyncio.Task[Model]:
+    def _ask(self, version: str, timeout: float) -> asyncio.Task[None]:
         if version not in self._asking:
             asking = asyncio.ensure_future(self._ask_model(version, timeout))
             self._asking[version] = asking
             asking.add_done_callback(lambda _: self._asking.pop(version))
         return self._asking[version]
 
-    async def _ask_model(self, version: str, timeout: float) -> Model:
+    async def _ask_model(self, version: str, timeout: float) -> None:
         request = pb.ModelConfigRequest(name=_wire.MODEL, version=version)
         config = (await self.call("ModelConfig", request, timeout=timeout)).config
         model = _wire.model(config, version)
         self._models[model.version] = model
         if not version and not self._answered:
             self._answered = model.version
-        return model
 
 
 def _by(response: Any) -> str:

@@ -128,7 +128,7 @@ def question(
 
 
 def check_version(version: Any) -> str:
-    """ "" for None; raises ValueError where it is no version."""
+    """The version, or "" for None; raises ValueError where it is none."""
     if version is None:
         return ""
     if isinstance(version, str) and re.fullmatch(r"[1-9]\d{0,17}", version):

@@ -88,7 +88,7 @@ def bad_rows(details: str) -> dict[int, str]:
     return {int(match[1]): match[2].strip() for match in matches if match}
 
 
-def model(config: Any, version: str = "") -> Model:
+def model(config: Any, version: str) -> Model:
     """What a ModelConfig of `vit` tells; of `version`, where it does not tell that itself.
 
     Raises:

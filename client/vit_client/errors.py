@@ -341,11 +341,6 @@ def is_not_begun(error: VitClientError) -> bool:
     return isinstance(error, Unavailable) and (error.details or "").startswith(_NOT_BEGUN)
 
 
-def is_other_model(error: VitClientError) -> bool:
-    """Whether a server answered that it has another model than the one that was asked for."""
-    return isinstance(error, ModelChanged)
-
-
 def is_neighbours(error: VitClientError) -> bool:
     """Whether it was another caller's malformed request that failed."""
     return isinstance(error, Unavailable) and bool(_NEIGHBOUR.match(error.details or ""))

@@ -16,6 +16,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2 as pb
 
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")  # a refusal, as Triton says it
 SERVICE = "/inference.GRPCInferenceService/"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import grpc
 import otlp
 import pytest
 from conftest import serving
@@ -17,9 +16,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from vit_client import AsyncClient, BadImage
 
 from .conftest import encoded
-from .proxy import Proxy, proxying
+from .proxy import FULL, Proxy, proxying
 
-FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 TRY = "inference.GRPCInferenceService/ModelInfer"
 IMAGES = [encoded(0), encoded(1)]
 

@@ -20,10 +20,9 @@ from vit_client import (
 )
 
 from .conftest import encoded
-from .proxy import Proxy
+from .proxy import FULL, Proxy
 
 IMAGE = encoded(0)
-FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 BROKEN = (grpc.StatusCode.INVALID_ARGUMENT, "nonsense")
 
 

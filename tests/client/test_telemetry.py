@@ -4,7 +4,6 @@ import asyncio
 import subprocess
 import sys
 
-import grpc
 import pytest
 from opentelemetry import metrics, propagate, trace
 from opentelemetry.sdk.metrics import MeterProvider
@@ -16,10 +15,9 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from vit_client import AsyncClient, BadImage, Client, Overloaded
 
 from .conftest import encoded
-from .proxy import Proxy
+from .proxy import FULL, Proxy
 
 IMAGE = encoded(0)
-FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")
 TRY = "inference.GRPCInferenceService/ModelInfer"
 
 
