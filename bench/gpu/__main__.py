@@ -18,6 +18,7 @@ import vit_builder
 from vit_builder import verify
 from vit_builder.cli import positive
 from vit_builder.export import DTYPES
+from vit_builder.images import SHIPPED, pixels
 
 from tests.load import inputs, perf_analyzer
 
@@ -99,8 +100,9 @@ class Bench:
     def agreement(self) -> report.Results:
         """On the device, by the builder's own limits."""
         network = self.network
+        photos = pixels(SHIPPED, network.checkpoint.config.image_size)
         found = verify.compare(
-            network.model_file(), network.checkpoint, network.top_k, 64, self.device.kind
+            network.model_file(), network.checkpoint, network.top_k, 64, photos, self.device.kind
         )
         limits = verify.limits(network.precision, "fp32")
         return {"measured": asdict(found), "limits": asdict(limits)}

@@ -1,11 +1,13 @@
 """Build a Triton model repository from a birder ViT checkpoint."""
 
+from .build import build
 from .checkpoint import Checkpoint, CheckpointError, load, random, save
-from .cli import build
+from .images import CalibrationError
 from .repository import RepositoryError, Settings
 from .verify import VerificationError
 
 __all__ = [
+    "CalibrationError",
     "Checkpoint",
     "CheckpointError",
     "RepositoryError",

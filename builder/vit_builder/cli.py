@@ -1,17 +1,15 @@
 """vit-builder: checkpoint -> TorchScript -> Triton model repository."""
 
 import argparse
-import json
 import signal
 import sys
 import time
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from . import checkpoint, export, hub, identity, repository, verify
+from . import checkpoint, export, hub, images, repository, verify
+from .build import build, say
 from .checkpoint import Checkpoint
 from .repository import Settings
 
@@ -25,59 +23,25 @@ UNTRAINED = """
 """
 
 
-def build(
-    model: Checkpoint, settings: Settings, output: Path, sha256: str = ""
-) -> verify.Agreement:
-    """Trace `model`, write the repository and prove it; `output` is replaced only at the end.
-
-    Raises:
-        RepositoryError, VerificationError: the message says what is wrong.
-    """
-    with repository.replacing(output) as folder:
-        number = identity.version(model, settings)
-        say(f"Tracing {model.name} in {settings.precision} (model version {number}) …")
-        traced = export.trace(
-            model, settings.precision, settings.top_k, settings.device, settings.neck_precision
-        )
-        repository.fill(folder, model, traced, settings, sha256, number)
-        say(
-            f"Comparing the written model.pt with the fp32 network on {len(verify.PHOTOS)} photos …"
-        )
-        file = repository.model_file(folder)
-        agreement = verify.compare(file, model, settings.top_k, settings.max_batch_size)
-        limits = verify.limits(settings.precision, settings.neck_precision)
-        print(verify.table(agreement, limits, settings.precision), flush=True)
-        verify.check(agreement, limits, settings.precision)
-        report = {
-            "model": model.name,
-            "weights": "trained" if model.trained else "random",
-            "weights_sha256": sha256,
-            "model_version": str(number),  # as answers have it
-            # Of the files that only make sense together: vit-server compares.
-            "sha256": {name: hub.file_sha256(folder / name) for name in repository.built(number)},
-            "network": asdict(model.config),
-            **asdict(settings),
-            "agreement": asdict(agreement),
-            "limits": asdict(limits),
-            "versions": {name: version(name) for name in ("vit-builder", "torch", "pillow")},
-        }
-        (folder / repository.REPORT).write_text(json.dumps(report, indent=2) + "\n")
-    return agreement
-
-
 def main() -> None:
     """Entry point of the command."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.precision == "int8" and args.device == "cuda":
+        parser.error("--precision int8 is for CPUs: a GPU has fp16")
+    if args.calibrate and args.precision != "int8":
+        parser.error("--calibrate is for --precision int8 only")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a build is removed
     start = time.monotonic()
     try:
         repository.check_output(args.output)  # before minutes are spent on what goes there
         model, sha256 = _weights(args)
-        build(model, _settings(args, model), args.output, sha256)
+        build(model, _settings(args, model), args.output, sha256, args.calibrate)
     except (
         checkpoint.CheckpointError,
         hub.HubUnreachable,
         hub.HubError,
+        images.CalibrationError,
         repository.RepositoryError,
         verify.VerificationError,
     ) as e:
@@ -85,10 +49,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     say(f"Wrote {args.output} in {time.monotonic() - start:.0f} s.")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _weights(args: argparse.Namespace) -> tuple[Checkpoint, str]:
@@ -107,10 +67,10 @@ def _weights(args: argparse.Namespace) -> tuple[Checkpoint, str]:
 
 
 def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
-    device = args.device
+    device, precision = args.device, args.precision
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = args.precision
+        on_gpu = torch.cuda.is_available() and precision != "int8"
+        device = "cuda" if on_gpu else "cpu"
     if precision == "auto":
         precision = "fp16" if device == "cuda" else "bf16" if _bf16_is_faster() else "fp32"
     classes = model.config.num_classes
@@ -225,7 +185,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", *export.DTYPES],
         default="auto",
         help="auto (default): fp16 for cuda; for the CPU bf16 where this one is faster in it, as "
-        "measured, else fp32",
+        "measured, else fp32. int8 is for CPUs with VNNI (Intel since 2019, AMD since Zen 4), "
+        "is the fastest there, and rounds the most: see --calibrate",
+    )
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FOLDER",
+        help="images of the kind that will be asked about, a dozen or more, to find int8's scales "
+        "with; one in four is held apart to tell the error (default: three photos that ship with "
+        "this)",
     )
     add(
         "--neck-precision",

@@ -1,14 +1,23 @@
 """The served graph: what TorchScript sees, kept apart from the network itself."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .fused import fuse
+from .fused import fold, fuse
+from .int8 import Quantised, calibrate
 from .model import ViT
 
 CENTRE = 128
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of what is not a linear layer; those that int8 suits are in that.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.float32,
+}
 
 
 class Normalise(nn.Module):
@@ -34,10 +43,12 @@ class Patches(nn.Module):
 
     A convolution whose steps are as wide as its window is a linear layer on patches, and that is a
     matrix product on any device, without a plan to make for each batch size. Its inputs are pixels
-    less CENTRE, which bf16 has exactly.
+    less CENTRE, which bf16 has exactly; an int8 layer takes the pixels as they are.
     """
 
-    def __init__(self, conv: nn.Conv2d, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, checkpoint: Checkpoint, dtype: torch.dtype, int8: bool = False
+    ) -> None:
         super().__init__()
         mean, std = (
             torch.tensor(values)[:, None, None] * 255
@@ -45,7 +56,7 @@ class Patches(nn.Module):
         )
         weight = conv.get_parameter("weight").detach() / std  # [D, 3, patch, patch]
         bias = conv.get_parameter("bias").detach() + (weight * (CENTRE - mean)).sum((1, 2, 3))
-        self.size, self.dtype, self.centre = conv.stride[0], dtype, CENTRE
+        self.size, self.dtype, self.centre, self.int8 = conv.stride[0], dtype, CENTRE, int8
         linear = nn.Linear(weight[0].numel(), len(weight))
         linear.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1))  # as pixels lie
         linear.bias = nn.Parameter(bias)
@@ -55,7 +66,9 @@ class Patches(nn.Module):
         n, height, width, _ = pixels.shape
         x = pixels.reshape(n, height // self.size, self.size, width // self.size, 3 * self.size)
         x = x.transpose(2, 3).reshape(n, -1, 3 * self.size * self.size)
-        out: Tensor = self.linear(x.to(self.dtype) - self.centre).transpose(1, 2)
+        if not self.int8:
+            x = x.to(self.dtype) - self.centre
+        out: Tensor = self.linear(x).transpose(1, 2)
         return out
 
 
@@ -92,17 +105,35 @@ class ServedViT(nn.Module):
         return probabilities, embedding, neck.to(self.neck_dtype), top_scores, top_indices.int()
 
 
+def quantise(checkpoint: Checkpoint, pixels: Tensor) -> dict[str, Quantised]:
+    """Calibrate the CPU's linear layers for int8, on uint8 [N, H, W, 3]; the result is by name."""
+    network = checkpoint.network()
+    network.conv_proj = Patches(network.conv_proj, checkpoint, torch.float32)  # type: ignore[assignment]
+    fold(network)
+    return calibrate(network, pixels, CENTRE)
+
+
 def trace(
-    checkpoint: Checkpoint, precision: str, top_k: int, device: str, neck_precision: str = "fp32"
+    checkpoint: Checkpoint,
+    precision: str,
+    top_k: int,
+    device: str,
+    neck_precision: str = "fp32",
+    int8: Mapping[str, Quantised] = {},
 ) -> torch.jit.ScriptModule:
     """Trace the served graph on the CPU, so that no device is baked in.
 
     It is traced at two images: at one, shapes that depend on the batch could fold into constants.
+
+    Args:
+        int8: the layers that run in that, of those that `quantise` found.
     """
-    network = checkpoint.network()
-    patches = Patches(network.conv_proj, checkpoint, DTYPES[precision])
+    network, dtype = checkpoint.network(), DTYPES[precision]
+    patches = Patches(network.conv_proj, checkpoint, dtype, "conv_proj.linear" in int8)
+    network.conv_proj = patches  # type: ignore[assignment]
     if device == "cpu":
-        fuse(network, patches, DTYPES[precision])
+        fold(network)
+        fuse(network, dtype, int8)
     served = ServedViT(network, checkpoint, precision, top_k, neck_precision).eval()
     # The first layer takes the pixels as they are. Traced, it would hold CENTRE as a CPU's tensor.
     network.conv_proj = torch.jit.script(patches)  # type: ignore[assignment]

@@ -9,43 +9,57 @@ GPU, the same file runs the plain layers.
 TorchScript has to see which device it runs on, so these are scripted; the rest is traced.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import Block, ViT
+from .int8 import Int8Linear, Quantised, to_steps
+from .model import Attention, Block, ViT
 
 
-def fuse(network: ViT, patches: nn.Module, dtype: torch.dtype) -> None:
-    """Change the network (fp32), in place, to the layers below, with weights in `dtype`.
-
-    So too `patches`, of which its first layer will be made. The head stays in fp32.
+def fold(network: ViT) -> None:
+    """Change the network, in place, so that its blocks' norms have no weight:
+    (x * g) W^T = x (W * g)^T, and so it becomes part of the layer after it.
     """
-    tokens, eps = network.cfg.num_tokens, network.cfg.norm_eps
-    patches.linear = _packed(patches.get_submodule("linear"), dtype, tokens)
     for block in network.encoder.block:
         assert isinstance(block, Block)
-        attn, up, down = block.attn, block.mlp[0], block.mlp[3]
-        _move_weight(block.norm1, attn.qkv)
-        _move_weight(block.norm2, up)
-        block.norm1, block.norm2 = _rms(eps), _rms(eps)
-        attn.qkv, attn.proj = _packed(attn.qkv, dtype, tokens), _packed(attn.proj, dtype, tokens)
-        block.mlp = nn.Sequential(
-            _packed(up, dtype, tokens, gelu=True), _packed(down, dtype, tokens)
+        for norm, linear in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp[0])):
+            linear.weight = nn.Parameter(linear.get_parameter("weight") * norm.weight)
+            norm.weight = nn.Parameter(torch.ones_like(norm.weight))
+
+
+def fuse(network: ViT, dtype: torch.dtype, int8: Mapping[str, Quantised] = {}) -> None:
+    """Change the folded network (fp32), in place, to the layers below, with weights in `dtype`.
+
+    Its first layer is a linear one on patches. The linear layers that `int8` names run in that;
+    the head stays in fp32.
+    """
+    tokens = network.cfg.num_tokens
+
+    def layer(name: str, gelu: bool = False, into: str = "") -> Any:
+        linear = network.get_submodule(name)
+        if name in int8:
+            weight = linear.get_parameter("weight")
+            return torch.jit.script(Int8Linear(weight, int8[name], gelu, int8.get(into)))
+        return _packed(linear, dtype, tokens, gelu)
+
+    network.conv_proj.linear = layer("conv_proj.linear")
+    for number, block in enumerate(network.encoder.block):
+        assert isinstance(block, Block)
+        name = f"encoder.block.{number}"
+        qkv, up, down = f"{name}.attn.qkv", f"{name}.mlp.0", f"{name}.mlp.3"
+        fused = FusedBlock(block.attn)
+        fused.norm1, fused.norm2 = (
+            torch.jit.script(RMS(network.cfg.norm_eps, int8.get(after))) for after in (qkv, up)
         )
+        fused.up, fused.down = layer(up, gelu=True, into=down), layer(down)
+        fused.proj = layer(f"{name}.attn.proj")
+        block.attn.qkv, block.attn.proj = layer(qkv), nn.Identity()  # type: ignore[assignment]
+        network.encoder.block[number] = fused
     network.classifier = _packed(network.classifier, torch.float32, rows=4)
-
-
-def _move_weight(norm: nn.Module, linear: nn.Module) -> None:
-    """(x * g) W^T = x (W * g)^T: the norm's weight becomes part of the layer after it."""
-    weight, scale = linear.get_parameter("weight"), norm.get_parameter("weight")
-    linear.weight = nn.Parameter(weight * scale)
-
-
-def _rms(eps: float) -> Any:
-    return torch.jit.script(RMS(eps))
 
 
 def _packed(linear: nn.Module, dtype: torch.dtype, rows: int, gelu: bool = False) -> Any:
@@ -53,12 +67,32 @@ def _packed(linear: nn.Module, dtype: torch.dtype, rows: int, gelu: bool = False
     return torch.jit.script(PackedLinear(weight.to(dtype), bias.to(dtype), rows, gelu))
 
 
-class RMS(nn.Module):
-    """RMSNorm over the last axis, without a weight."""
+class FusedBlock(nn.Module):
+    """A block whose linear layers also do what comes after them: GELU, and the residuals."""
 
-    def __init__(self, eps: float) -> None:
+    norm1: nn.Module
+    norm2: nn.Module
+    proj: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+    def __init__(self, attn: Attention) -> None:
         super().__init__()
-        self.eps = eps
+        self.attn = attn  # but for its last layer, `proj`
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
+        x = self.proj(self.attn(self.norm1(x)), x)
+        out: Tensor = self.down(self.up(self.norm2(x)), x)
+        return out
+
+
+class RMS(nn.Module):
+    """RMSNorm over the last axis, without a weight. `into` an int8 layer it writes its steps."""
+
+    def __init__(self, eps: float, into: Quantised | None = None) -> None:
+        super().__init__()
+        self.eps, self.writes_steps = eps, into is not None
+        self.step, self.zero = (into.scale, into.zero) if into else (1.0, 0)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
         if x.device.type != "cpu":
@@ -66,11 +100,13 @@ class RMS(nn.Module):
         # rms_norm is seven passes over the data on a CPU; these are three.
         norm = torch.linalg.vector_norm(x, 2.0, [-1], True, dtype=torch.float32)
         scale: Tensor = (norm.square() / x.shape[-1] + self.eps).rsqrt()
+        if self.writes_steps:
+            return to_steps(x, scale / self.step, self.zero)
         return x * scale.to(x.dtype)
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b, and the exact GELU after it where that is asked for.
+    """x W^T + b, and after it the exact GELU, or a residual.
 
     The file holds the plain weight. What fits the processor is made of it on loading.
     """
@@ -81,15 +117,20 @@ class PackedLinear(nn.Module):
         self.packs = False
         self.packed = weight
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, T, in] -> [N, T, out]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, T, in] -> [N, T, out]."""
         if not self.packs:
             out = F.linear(x, self.weight, self.bias)
-            return F.gelu(out) if self.gelu else out
+            if self.gelu:
+                out = F.gelu(out)
+            return out if residual is None else out + residual
         # For more than one image oneDNN's own GELU takes longer than the two steps.
         fused = self.gelu and x.shape[0] == 1
         post, kind = ("gelu", "none") if fused else ("none", "")
         out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, post, [], kind)
-        return F.gelu(out) if self.gelu and not fused else out
+        if self.gelu and not fused:
+            out = F.gelu(out)
+        return out if residual is None else out + residual
 
     @torch.jit.export
     def __getstate__(self) -> tuple[Tensor, Tensor, int, bool, bool]:

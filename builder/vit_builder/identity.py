@@ -12,7 +12,7 @@ from .repository import Settings
 ANSWERS = 1
 
 
-def version(checkpoint: Checkpoint, settings: Settings) -> int:
+def version(checkpoint: Checkpoint, settings: Settings, calibration: str = "") -> int:
     """Triton's `model_version` for all models of a repository: below 2^48, which JavaScript and
     JSON have exactly, and above 1, which is the template's.
 
@@ -20,6 +20,9 @@ def version(checkpoint: Checkpoint, settings: Settings) -> int:
     colour statistics, the precisions, K and how JPEGs are decoded; and so the same on every
     machine, whatever the file's name, the device and the limits. It tells models apart, and has no
     order: a later build may have a smaller one.
+
+    Args:
+        calibration: digest of the images that decided int8's scales.
     """
     facts = {
         "answers": ANSWERS,
@@ -30,6 +33,8 @@ def version(checkpoint: Checkpoint, settings: Settings) -> int:
         "top_k": settings.top_k,
         "fast_jpeg": settings.fast_jpeg,
     }
+    if calibration:
+        facts["calibration"] = calibration
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(checkpoint.state.items()):
         digest.update(f"{name} {list(tensor.shape)}".encode())

@@ -1,0 +1,84 @@
+"""The images that a build is tried on, and int8 is calibrated with."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+SHIPPED = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
+# More change the scales by less than the headroom that these get (int8.py).
+MAX_CALIBRATION = 32
+HELD_APART = 4  # one in these
+
+
+class CalibrationError(Exception):
+    """The folder of images to calibrate with cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Images for int8: to find scales with, and held apart to see what the scales are worth."""
+
+    source: str
+    images: Tensor  # uint8 [N, H, W, 3]
+    held_apart: Tensor  # uint8 [M, H, W, 3]
+
+    def digest(self) -> str:
+        """Of the pixels that decide the answers."""
+        return hashlib.sha256(self.images.numpy().data).hexdigest()
+
+
+def calibration(folder: Path | None, size: tuple[int, int]) -> Calibration:
+    """The images in `folder`, spread evenly over their names; without one, the shipped photos.
+
+    Args:
+        size: of the network's images, (H, W).
+
+    Raises:
+        CalibrationError: there are fewer than two images, or one of them cannot be read.
+    """
+    files = SHIPPED if folder is None else _images(folder)
+    most = MAX_CALIBRATION * HELD_APART // (HELD_APART - 1)
+    files = [files[i] for i in np.linspace(0, len(files) - 1, min(len(files), most)).astype(int)]
+    images = pixels(files, size)
+    apart = torch.arange(len(files)) % HELD_APART == 0
+    source = "the photos that vit-builder ships" if folder is None else str(folder)
+    return Calibration(source, images[~apart], images[apart])
+
+
+def _images(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CalibrationError(f"--calibrate {folder}: no such folder")
+    suffixes = Image.registered_extensions()
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    if len(files) < 2:
+        found = "one image" if files else "no images"
+        raise CalibrationError(
+            f"--calibrate {folder}: {found}. It takes at least two: one in {HELD_APART} is held "
+            "apart, to see what the rest are worth"
+        )
+    return files
+
+
+def pixels(files: list[Path], size: tuple[int, int]) -> Tensor:
+    """uint8 [N, H, W, 3], as `preprocess` makes them.
+
+    Raises:
+        CalibrationError: one is not an image.
+    """
+    height, width = size
+    rows = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                rgb = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        except UnidentifiedImageError:
+            raise CalibrationError(f"{file} is not an image") from None
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise CalibrationError(f"{file} cannot be read: {e}") from None
+        rows.append(torch.from_numpy(np.array(rgb)))
+    return torch.stack(rows)
