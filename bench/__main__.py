@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class Bench:
 
     python: Path  # of the virtual environment with the peers
     repository: Path
+    base: Path | None  # the same network in another precision
     seconds: float
     folder: Path
     binary: Path = field(default_factory=perf_analyzer.install)
@@ -100,7 +102,10 @@ def main() -> int:
     folder = HERE / "results" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
     folder.mkdir(parents=True)
     try:
-        bench = Bench(args.python, args.model_repository.resolve(), args.seconds, folder)
+        repository, base = args.model_repository.resolve(), None
+        if args.precision:
+            repository, base = _built(args.precision, folder), repository
+        bench = Bench(args.python, repository, base, args.seconds, folder)
         rounds, facts = _measure(bench, args.rounds)
     except (ScriptError, PerfAnalyzerError, ServerError) as e:
         print(f"bench: {e}", file=sys.stderr)
@@ -114,6 +119,16 @@ def main() -> int:
     return 0
 
 
+def _built(precision: str, folder: Path) -> Path:
+    """The network anew; random weights cost the same."""
+    repository = folder / "models"
+    command = [Path(sys.executable).parent / "vit-builder", "--weights", "random"]
+    command += ["--precision", precision, "--output", repository]
+    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+        raise ScriptError("vit-builder failed, see above")
+    return repository
+
+
 def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     inputs.write_images(
         bench.folder / "images.json", [p.read_bytes() for p in inputs.photos(inputs.PHOTOS)]
@@ -123,6 +138,7 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
         address = stack.enter_context(local_server(bench.repository))
         litserve = stack.enter_context(bench.peer_server("serve_litserve.py", "json"))
         fastapi = stack.enter_context(bench.peer_server("serve_fastapi.py", "raw"))
+        base = stack.enter_context(local_server(bench.base)) if bench.base else None
         for peer in (litserve, fastapi):
             bench.peer(peer, "concurrency", 1)  # until it is up and warm
         rounds: list[dict[str, Any]] = []
@@ -136,6 +152,9 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
             found["served alone"] = bench.served(address, "concurrency", 1)
             found["litserve"] = bench.peer(litserve, "concurrency", CONCURRENCY)
             found["fastapi"] = bench.peer(fastapi, "concurrency", CONCURRENCY)
+            if base:
+                found["base precision"] = Triton(base).facts()["precision"]
+                found["base"] = bench.served(base, "concurrency", CONCURRENCY)
             rounds.append(found)
         rate = SHARE * report.slowest(rounds)
         intervals = _intervals(bench, rate)
@@ -145,6 +164,15 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
             found["litserve at rate"] = bench.peer(litserve, "intervals", intervals)
             found["fastapi at rate"] = bench.peer(fastapi, "intervals", intervals)
         facts = {**Triton(address).facts(), "rate": rate, "concurrency": CONCURRENCY}
+        if base:
+            facts["base rate"] = SHARE * median(found["base"]["per_second"] for found in rounds)
+            intervals = _intervals(bench, facts["base rate"])
+            for number, found in enumerate(rounds):
+                say(
+                    f"round {number + 1} of {count}: latency at {facts['base rate']:.1f} requests/s"
+                )
+                found["served at base rate"] = bench.served(address, "intervals", intervals)
+                found["base at base rate"] = bench.served(base, "intervals", intervals)
         facts["machine"] = machine()
     return rounds, facts
 
@@ -172,6 +200,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of the environment with bench/peers/requirements.txt (default: .venv-bench's)",
     )
     add("--model-repository", type=Path, default=Path("models"), metavar="DIR", help="(models)")
+    add(
+        "--precision",
+        choices=["fp32", "bf16", "int8"],
+        help="build the full-size network anew in this precision and measure that, and the one in "
+        "--model-repository beside it (default: only the latter)",
+    )
     add("--rounds", type=int, default=3, help="medians are over these (default: 3)")
     add("--seconds", type=float, default=5, help="of each of three windows (default: 5)")
     return parser

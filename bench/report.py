@@ -17,6 +17,8 @@ GOALS = {  # at least
     "FastAPI's p99 / served p99": 1.0,
     "model.pt / OpenVINO": 0.9,
 }
+# With --precision int8: against the same server in the other precision.
+BASE_GOALS = {"fp32": 2.5, "bf16": 1.6}
 LATENCY_GOAL = {"latency of one photo, served / bare": 1.15}  # at most
 
 
@@ -39,6 +41,19 @@ def throughputs(found: Round) -> dict[str, float]:
         "Pillow alone, all cores": pillow,
         "eager fp32, one photo at a time": found["eager"]["1"],
         **{name: found[server]["per_second"] for server, name in SERVERS.items()},
+        **{f"this server in {name}": base["per_second"] for name, base in _base(found)},
+    }
+
+
+def _base(found: Round) -> list[tuple[str, Round]]:
+    """The other precision and its figures, if it was measured."""
+    return [(found["base precision"], found["base"])] if "base" in found else []
+
+
+def goals(found: Round) -> dict[str, float]:
+    """What its ratios should be at least."""
+    return GOALS | {
+        f"served / served in {name}": BASE_GOALS.get(name, 1.0) for name, _ in _base(found)
     }
 
 
@@ -58,14 +73,19 @@ def ratios(found: Round) -> dict[str, float]:
         p99["fastapi"] / p99["served"],
         max(found[way]["best"] for way in ("torchscript", "torchscript_a_core"))
         / found["openvino"]["best"],
+        *(served / base["per_second"] for _, base in _base(found)),
         found["served alone"]["p50"] / bare,
     ]
-    return dict(zip((*GOALS, *LATENCY_GOAL), values, strict=True))
+    return dict(zip((*goals(found), *LATENCY_GOAL), values, strict=True))
 
 
 def markdown(facts: dict[str, Any], rounds: list[Round]) -> str:
     """The report."""
     network = f"{facts['model_name']} in {facts['precision']}, {facts['weights']} weights"
+    of_base = []
+    for name, _ in _base(rounds[0]):
+        servers = {"served": "this server", "base": f"this server in {name}"}
+        of_base = _latencies(facts["base rate"], servers, "at base rate", rounds)
     lines = [
         "# Yardsticks",
         "",
@@ -74,10 +94,8 @@ def markdown(facts: dict[str, Any], rounds: list[Round]) -> str:
         "",
         *table("| | images/s | of the limit | rounds |", _throughput(rounds)),
         "",
-        f"Latency at the same {facts['rate']:.1f} requests/s, which come at the same times:",
-        "",
-        *table("| | p50 ms | p99 ms | images/s |", _latency(rounds)),
-        "",
+        *_latencies(facts["rate"], SERVERS, "at rate", rounds),
+        *of_base,
         *table("| goal | | measured | reached |", _goals(rounds)),
     ]
     return "\n".join(lines) + "\n"
@@ -97,18 +115,23 @@ def _throughput(rounds: list[Round]) -> list[list[str]]:
     ]
 
 
-def _latency(rounds: list[Round]) -> list[list[str]]:
+def _latencies(rate: float, servers: dict[str, str], at: str, rounds: list[Round]) -> list[str]:
     rows = []
-    for server, name in SERVERS.items():
-        found = [each[f"{server} at rate"] for each in rounds]
+    for server, name in servers.items():
+        found = [each[f"{server} {at}"] for each in rounds]
         figures = [median(f[key] for f in found) for key in ("p50", "p99", "per_second")]
         rows.append([name, *(f"{figure:.1f}" for figure in figures)])
-    return rows
+    return [
+        f"Latency at the same {rate:.1f} requests/s, which come at the same times:",
+        "",
+        *table("| | p50 ms | p99 ms | images/s |", rows),
+        "",
+    ]
 
 
 def _goals(rounds: list[Round]) -> list[list[str]]:
     found = _medians(rounds, ratios)
-    rows = [(name, "≥", goal, found[name] >= goal) for name, goal in GOALS.items()]
+    rows = [(name, "≥", goal, found[name] >= goal) for name, goal in goals(rounds[0]).items()]
     rows += [(name, "≤", goal, found[name] <= goal) for name, goal in LATENCY_GOAL.items()]
     return [
         [name, f"{sign} {goal:.2f}", f"{found[name]:.3f}", "yes" if reached else "no"]

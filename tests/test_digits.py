@@ -60,8 +60,9 @@ def train(images: Array, classes: Array) -> ViT:
     return network.eval()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_accuracy_survives_serving(precision: str, tmp_path: Path) -> None:
+# Of 360 images: the best class of none may change, of one, and of what int8 is allowed.
+@pytest.mark.parametrize(("precision", "changed"), [("fp32", 0), ("bf16", 1), ("int8", 1)])
+def test_accuracy_survives_serving(precision: str, changed: int, tmp_path: Path) -> None:
     images, classes, test_images, test_classes = digits()
     network = train(images, classes)
     with torch.inference_mode():
@@ -76,6 +77,11 @@ def test_accuracy_survives_serving(precision: str, tmp_path: Path) -> None:
     vit_builder.save(checkpoint, tmp_path / "digits.safetensors")
     command = [BIN / "vit-builder", "--checkpoint", tmp_path / "digits.safetensors"]
     command += ["--precision", precision, "--output", tmp_path / "models"]
+    if precision == "int8":
+        command += ["--calibrate", tmp_path / "train"]
+        (tmp_path / "train").mkdir()
+        for number, image in enumerate(images[:100]):
+            (tmp_path / "train" / f"{number:03}.png").write_bytes(png(image))
     subprocess.run(command, check=True)
 
     labels: list[bytes] = []
@@ -86,6 +92,4 @@ def test_accuracy_survives_serving(precision: str, tmp_path: Path) -> None:
     best_served = np.array([int(label.decode().removeprefix("digit ")) for label in labels])
     if precision == "fp32":
         np.testing.assert_array_equal(best_served, best_in_torch)
-    assert (best_served == test_classes).mean() == pytest.approx(
-        accuracy, abs=0 if precision == "fp32" else 1 / 360
-    )
+    assert (best_served == test_classes).mean() >= accuracy - changed / 360

@@ -54,7 +54,7 @@ def sizes(repository: Path) -> ViTConfig:
 
 
 def precision(repository: Path) -> str:
-    """Of model.pt: fp32, bf16 or fp16."""
+    """Of model.pt: fp32, bf16, fp16 or int8."""
     name: str = _report(repository)["precision"]
     return name
 

@@ -124,13 +124,13 @@ class PackedLinear(nn.Module):
             if self.gelu:
                 out = F.gelu(out)
             return out if residual is None else out + residual
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, residual, self.packed, self.bias, "add")  # type: ignore[no-any-return]
         # For more than one image oneDNN's own GELU takes longer than the two steps.
         fused = self.gelu and x.shape[0] == 1
         post, kind = ("gelu", "none") if fused else ("none", "")
         out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, post, [], kind)
-        if self.gelu and not fused:
-            out = F.gelu(out)
-        return out if residual is None else out + residual
+        return F.gelu(out) if self.gelu and not fused else out
 
     @torch.jit.export
     def __getstate__(self) -> tuple[Tensor, Tensor, int, bool, bool]:
