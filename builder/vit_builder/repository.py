@@ -43,6 +43,10 @@ class Settings:
     max_image_pixels: int = 110_000_000
     max_request_bytes: int = 64 << 20
 
+    def __post_init__(self) -> None:
+        if self.precision == "int8" and self.device != "cpu":
+            raise ValueError("int8 is for CPUs: a GPU has fp16")
+
 
 def fill(
     folder: Path,

@@ -127,7 +127,7 @@ class Model:
     """Bytes that the server accepts in one request, and so in one image file: 64 MiB if it does not
     tell. Larger files are not read; PIL images and arrays are scaled before they are sent."""
     precision: str
-    """"fp32", "bf16" or "fp16"; "" if the server does not tell."""
+    """"fp32", "bf16", "fp16" or "int8"; "" if the server does not tell."""
     trained: bool
     """False for a model with random weights, whose labels mean nothing."""
     weights_sha256: str
