@@ -141,7 +141,8 @@ def folder_of(tmp_path: Path, count: int) -> Path:
     for i in range(count):
         image = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
         (folder / f"{i:03}.png").write_bytes(png(image))
-    (folder / "notes.txt").write_text("not asked for")
+    for name in ("notes.txt", "paper.pdf", ".hidden.png"):
+        (folder / name).write_text("not asked for")
     return folder
 
 

@@ -53,8 +53,10 @@ def calibration(folder: Path | None, size: tuple[int, int]) -> Calibration:
 def _images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CalibrationError(f"--calibrate {folder}: no such folder")
-    suffixes = Image.registered_extensions()
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    readable = {
+        suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN
+    }
+    files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in readable)
     if len(files) < 2:
         found = "one image" if files else "no images"
         raise CalibrationError(
