@@ -69,7 +69,7 @@ def _quantised(linear: nn.Module, x: Tensor, out: Tensor, scale: float, zero: in
     steps = to_steps(x, torch.tensor(1 / scale), zero)
     got = F.linear((steps.float() - zero) * scale, weight * scales[:, None], bias)
     off = (out - got).flatten(0, -2).mean(0)
-    error = (got + off - out).norm() / out.norm()
+    error = (got + off - out).norm() / out.norm().clamp(min=1e-12)
     return Quantised(scale, zero, bias + off, float(error))
 
 
