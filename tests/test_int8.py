@@ -141,7 +141,8 @@ def folder_of(tmp_path: Path, count: int) -> Path:
     for i in range(count):
         image = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)
         (folder / f"{i:03}.png").write_bytes(png(image))
-    for name in ("notes.txt", "paper.pdf", ".hidden.png"):
+    os.mkfifo(folder / "pipe.png")
+    for name in ("notes.txt", "paper.pdf", "drawing.eps", ".hidden.png"):
         (folder / name).write_text("not asked for")
     return folder
 
@@ -157,7 +158,10 @@ def test_own_images_to_calibrate_with_are_another_model(tmp_path: Path) -> None:
         versions.append(built(tmp_path / "m", "vit").name)
     assert versions[0] != versions[1] == versions[2]
     facts = json.loads((tmp_path / "m" / "build_report.json").read_text())["int8"]
-    assert (facts["calibrated_with"], facts["images"], facts["held_apart"]) == (str(folder), 31, 11)
+    assert (facts["calibrated_with"], facts["images"], facts["held_apart"]) == (
+        f"{folder} (which has 70)",
+        *(31, 11),
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,6 +170,7 @@ def test_own_images_to_calibrate_with_are_another_model(tmp_path: Path) -> None:
         ({}, ["--calibrate", "FOLDER"], "no images"),
         ({"a.jpg": PHOTOS / "coffee.jpg"}, ["--calibrate", "FOLDER"], "one image"),
         ({}, ["--calibrate", "FOLDER/nowhere"], "nowhere: no such folder"),
+        ({}, ["--calibrate", __file__], "test_int8.py: not a folder"),
         (
             {"a.jpg": PHOTOS / "coffee.jpg", "b.jpg": __file__},
             ["--calibrate", "FOLDER"],

@@ -73,6 +73,8 @@ def _calibrate(model: Checkpoint, calibration: Calibration) -> dict[str, Quantis
         f"Calibrating int8 with {calibration.source}: {_count(calibration.images)}, and "
         f"{len(calibration.held_apart)} held apart …"
     )
+    if not int8.is_exact():
+        say("This processor has no VNNI: here these weights run in fp32, and so they are compared.")
     layers = export.quantise(model, calibration.images)
     for name in _unsuited(layers):
         say(f"{name} stays in fp32: in int8 it would be off by {layers[name].error:.1%}")

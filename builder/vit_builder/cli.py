@@ -35,6 +35,8 @@ def main() -> None:
     start = time.monotonic()
     try:
         repository.check_output(args.output)  # before minutes are spent on what goes there
+        if args.calibrate:
+            images.images(args.calibrate)
         model, sha256 = _weights(args)
         build(model, _settings(args, model), args.output, sha256, args.calibrate)
     except (

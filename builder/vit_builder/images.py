@@ -13,6 +13,8 @@ SHIPPED = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
 # More change the scales by less than the headroom that these get (int8.py).
 MAX_CALIBRATION = 32
 HELD_APART = 4  # one in these
+# Those that `preprocess` takes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 class CalibrationError(Exception):
@@ -41,22 +43,31 @@ def calibration(folder: Path | None, size: tuple[int, int]) -> Calibration:
     Raises:
         CalibrationError: there are fewer than two images, or one of them cannot be read.
     """
-    files = SHIPPED if folder is None else _images(folder)
+    files = SHIPPED if folder is None else images(folder)
+    count = len(files)
     most = MAX_CALIBRATION * HELD_APART // (HELD_APART - 1)
     files = [files[i] for i in np.linspace(0, len(files) - 1, min(len(files), most)).astype(int)]
-    images = pixels(files, size)
+    rows = pixels(files, size)
     apart = torch.arange(len(files)) % HELD_APART == 0
-    source = "the photos that vit-builder ships" if folder is None else str(folder)
-    return Calibration(source, images[~apart], images[apart])
+    source = "the photos that vit-builder ships"
+    if folder is not None:
+        source = f"{folder.resolve()} (which has {count})"
+    return Calibration(source, rows[~apart], rows[apart])
 
 
-def _images(folder: Path) -> list[Path]:
+def images(folder: Path) -> list[Path]:
+    """The images in a folder and those below it, by name; other files are left out.
+
+    Raises:
+        CalibrationError: there are fewer than two.
+    """
     if not folder.is_dir():
-        raise CalibrationError(f"--calibrate {folder}: no such folder")
-    readable = {
-        suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN
-    }
-    files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in readable)
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise CalibrationError(f"--calibrate {folder}: {what}")
+    readable = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+    files = sorted(
+        file for file in folder.rglob("[!.]*") if file.suffix.lower() in readable and file.is_file()
+    )
     if len(files) < 2:
         found = "one image" if files else "no images"
         raise CalibrationError(
@@ -76,11 +87,12 @@ def pixels(files: list[Path], size: tuple[int, int]) -> Tensor:
     rows = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 rgb = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         except UnidentifiedImageError:
             raise CalibrationError(f"{file} is not an image") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        # Pillow's decoders raise more kinds than they document.
+        except Exception as e:
             raise CalibrationError(f"{file} cannot be read: {e}") from None
         rows.append(torch.from_numpy(np.array(rgb)))
     return torch.stack(rows)
