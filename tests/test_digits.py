@@ -60,7 +60,7 @@ def train(images: Array, classes: Array) -> ViT:
     return network.eval()
 
 
-# Of 360 images: the best class of none may change, of one, and of what int8 is allowed.
+# `changed`: by how many of 360 images the accuracy may differ.
 @pytest.mark.parametrize(("precision", "changed"), [("fp32", 0), ("bf16", 1), ("int8", 1)])
 def test_accuracy_survives_serving(precision: str, changed: int, tmp_path: Path) -> None:
     images, classes, test_images, test_classes = digits()
@@ -92,4 +92,4 @@ def test_accuracy_survives_serving(precision: str, changed: int, tmp_path: Path)
     best_served = np.array([int(label.decode().removeprefix("digit ")) for label in labels])
     if precision == "fp32":
         np.testing.assert_array_equal(best_served, best_in_torch)
-    assert (best_served == test_classes).mean() >= accuracy - changed / 360
+    assert (best_served == test_classes).mean() == pytest.approx(accuracy, abs=changed / 360)
