@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import vit_builder
 from PIL import Image
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput
@@ -113,6 +114,20 @@ def serving(
 def copy(repository: Path, folder: Path) -> Path:
     """A repository to change."""
     return Path(shutil.copytree(repository, folder / "models"))
+
+
+def builder(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """vit-builder, as a user would call it."""
+    command = [BIN / "vit-builder", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def reloaded(module: torch.jit.ScriptModule, map_location: str = "cpu") -> torch.jit.ScriptModule:
+    """As it is served: weights are packed on loading."""
+    buffer = io.BytesIO()
+    torch.jit.save(module, buffer)
+    buffer.seek(0)
+    return torch.jit.load(buffer, map_location)
 
 
 def built(repository: Path, model: str, name: str = "") -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import vit_builder
-from conftest import BIN, GOLDENS, built, serving
+from conftest import BIN, GOLDENS, builder, built, serving
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_builder import verify
@@ -21,11 +21,6 @@ from vit_builder.model import ViTConfig
 from vit_client import Client
 
 TINY = ("--checkpoint", str(GOLDENS / "tiny.pt"))
-
-
-def builder(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "vit-builder", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def configs(repository: Path) -> dict[str, ModelConfig]:

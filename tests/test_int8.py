@@ -1,6 +1,5 @@
 """int8 on CPUs: its accuracy, which layers it leaves alone, and where it does not run."""
 
-import io
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import vit_builder
-from conftest import BIN, GOLDENS, PHOTOS, built, golden_image, png, serving
+from conftest import GOLDENS, PHOTOS, builder, built, golden_image, png, reloaded, serving
 from safetensors.numpy import load_file
 from vit_builder.export import ServedViT, quantise, trace
 from vit_builder.images import SHIPPED, pixels
@@ -19,19 +18,6 @@ from vit_builder.int8 import MAX_ERROR, rounded
 
 TINY = vit_builder.load(GOLDENS / "tiny.pt")
 TINY_PHOTOS = pixels(SHIPPED, TINY.config.image_size)
-
-
-def builder(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "vit-builder", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-def reloaded(module: torch.jit.ScriptModule, map_location: str = "cpu") -> torch.jit.ScriptModule:
-    """As it is served: weights are packed on loading."""
-    buffer = io.BytesIO()
-    torch.jit.save(module, buffer)
-    buffer.seek(0)
-    return torch.jit.load(buffer, map_location)
 
 
 def cosines(ours: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

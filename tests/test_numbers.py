@@ -1,13 +1,12 @@
 """Our numbers against birder's: the network, the traced model, and both as they are served."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import vit_builder
-from conftest import GOLDENS, Server, built, golden_image, png, serving
+from conftest import GOLDENS, Server, built, golden_image, png, reloaded, serving
 from safetensors.numpy import load_file
 from vit_builder.export import ServedViT, trace
 
@@ -142,14 +141,6 @@ def test_a_cpus_layers_give_the_plain_ones_numbers(precision: str, tolerance: fl
     with torch.inference_mode():
         for ours, wanted in zip(fused(pixels)[:4], plain(pixels)[:4], strict=True):
             torch.testing.assert_close(ours, wanted, atol=tolerance, rtol=0)
-
-
-def reloaded(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """As it is served: weights are packed on loading."""
-    buffer = io.BytesIO()
-    torch.jit.save(module, buffer)
-    buffer.seek(0)
-    return torch.jit.load(buffer)
 
 
 def code(module: torch.jit.ScriptModule) -> str:

@@ -39,7 +39,7 @@ def build(
         say(f"Tracing {model.name} in {precision} (model version {number}) …")
         traced = export.trace(
             *(model, precision, settings.top_k, settings.device, settings.neck_precision),
-            {name: layer for name, layer in layers.items() if layer.error <= int8.MAX_ERROR},
+            {name: layers[name] for name in layers.keys() - _unsuited(layers)},
         )
         repository.fill(folder, model, traced, settings, sha256, number)
         pixels = calibration.held_apart if calibration else images.pixels(images.SHIPPED, size)
