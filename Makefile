@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu bench-gpu-kit bench-host
 
 demo: $(BUILT)
-	$(BIN)/python demo.py
+	$(BIN)/python tools/demo.py
 
 serve: $(BUILT)
 	@exec $(BIN)/vit-server --model-repository models
@@ -41,11 +41,11 @@ lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy builder/vit_builder client/vit_client server/vit_server
-	$(BIN)/python audit.py
+	$(BIN)/python tools/audit.py
 
 # Nothing is built for a server that is elsewhere.
 load: $(if $(findstring --url,$(ARGS)),,$(BUILT)) $(INSTALLED_DEV)
-	$(BIN)/python -m tests.load $(ARGS)
+	$(BIN)/python -m bench.load $(ARGS)
 
 bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
 	$(BIN)/python -m bench $(ARGS)
@@ -73,13 +73,13 @@ clean:
 	rm -rf .venv .venv-bench models my-models gpu-kit sbom embedding.f32 request.json \
 		request.bin answer.json triton.binpb
 
-$(INSTALLED): constraints.txt find-python.sh */pyproject.toml
-	@python=$$(./find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
+$(INSTALLED): constraints.txt tools/find-python.sh */pyproject.toml
+	@python=$$(tools/find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
 	@echo "Installing into .venv: a minute where torch comes without CUDA, else several GB …"
 	$(PIP) install --quiet -c constraints.txt -e builder -e 'server[embedded]' -e 'client[all]'
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt tests/load/requirements.txt
+$(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt bench/load/requirements.txt
 	$(PIP) install --quiet -c constraints.txt -r requirements-dev.txt
 	@touch $@
 

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.load import inputs, perf_analyzer
-from tests.load.perf_analyzer import WINDOWS, PerfAnalyzerError
-from tests.load.triton import Address, ServerError, Triton, local_server, machine
-
 from . import ScriptError, figures, report, say
+from .load import inputs, perf_analyzer
+from .load.perf_analyzer import WINDOWS, PerfAnalyzerError
+from .load.triton import Address, ServerError, Triton, local_server, machine
 
 HERE = Path(__file__).parent
 CONCURRENCY = 16

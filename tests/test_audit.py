@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-AUDIT = Path(__file__).parents[1] / "audit.py"
+AUDIT = Path(__file__).parents[1] / "tools" / "audit.py"
 ADVISORY = {
     "id": "TEST-1",
     "published": "2026-01-01T00:00:00Z",

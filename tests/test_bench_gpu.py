@@ -19,7 +19,7 @@ from bench.gpu import __main__ as program
 from bench.gpu import kit, report
 from bench.gpu.bare import VALUES, WAYS, flops
 from bench.gpu.served import PIXELS, write
-from tests.load import perf_analyzer
+from bench.load import perf_analyzer
 
 ROOT = Path(__file__).parents[1]
 

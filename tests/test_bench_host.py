@@ -8,8 +8,8 @@ from conftest import PHOTOS, serving
 from vit_client import Client
 
 from bench.host.__main__ import Bench, markdown, predicted, repositories
-from tests.load import inputs
-from tests.load.triton import Address
+from bench.load import inputs
+from bench.load.triton import Address
 
 
 def test_served_with_and_without_decoding(tmp_path: Path) -> None:

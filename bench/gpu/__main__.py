@@ -20,9 +20,8 @@ from vit_builder.cli import positive
 from vit_builder.export import DTYPES
 from vit_builder.images import SHIPPED, pixels
 
-from tests.load import inputs, perf_analyzer
-
 from .. import say
+from ..load import inputs, perf_analyzer
 from . import bare, cores, decoders, report, served, standin
 from .bare import Network
 from .device import Device, NoGpuError, reason

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vit_server import installation, sizing
 
-from tests.load import inputs
+from ..load import inputs
 
 PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.load.triton import machine
+from ..load.triton import machine
 
 
 class NoGpuError(Exception):

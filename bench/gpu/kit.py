@@ -16,9 +16,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tests.load import perf_analyzer
-
 from .. import say
+from ..load import perf_analyzer
 
 ROOT = Path(__file__).parents[2]
 PYTHON = "3.12"
@@ -27,7 +26,7 @@ OURS = ("builder", "client", "server")
 # The machine has these, and what they need; hf-xet is for downloads.
 LEFT_OUT = {"torch", "numba", "llvmlite", "pillow", "hf-xet"}
 NUMPY = "numpy==1.26.4"  # Triton's stubs know no other
-PROJECT = ("bench", "tests/load", "photos", "model_repository")
+PROJECT = ("bench", "photos", "model_repository")
 LIMIT = 50 << 20  # bytes
 
 

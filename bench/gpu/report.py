@@ -168,7 +168,7 @@ def _served(found: Results) -> list[str]:
         "",
         "## Served",
         "",
-        f"By perf_analyzer; times in ms, as in tests/load. `{PIXELS}` is `embed` without its first "
+        f"By perf_analyzer; times in ms, as in bench/load. `{PIXELS}` is `embed` without its first "
         "step, since perf_analyzer asks `vit` itself for all outputs, 0.6 MB an image.",
         "",
         *table(f"| instances | model | load | images/s | {' | '.join(TIMES[1:])} |", rows),

@@ -10,10 +10,10 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from tests.load import inputs
-from tests.load.perf_analyzer import PerfAnalyzerError
-from tests.load.sweep import Sweep
-from tests.load.triton import Address, ServerError, Triton, local_server
+from ..load import inputs
+from ..load.perf_analyzer import PerfAnalyzerError
+from ..load.sweep import Sweep
+from ..load.triton import Address, ServerError, Triton, local_server
 
 Row = dict[str, Any]
 # perf_analyzer asks for every output, and `vit` has 0.6 MB of them an image. This ensemble is

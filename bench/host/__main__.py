@@ -20,11 +20,11 @@ import vit_builder
 from vit_builder.model import ViTConfig
 from vit_server import sizing
 
-from bench import ScriptError, figures, say
-from tests.load import inputs, perf_analyzer
-from tests.load.perf_analyzer import PerfAnalyzerError
-from tests.load.triton import Address, ServerError, Triton, local_server, machine
-from tests.reliability.footprint import name_of
+from .. import ScriptError, figures, say
+from ..footprint import name_of
+from ..load import inputs, perf_analyzer
+from ..load.perf_analyzer import PerfAnalyzerError
+from ..load.triton import Address, ServerError, Triton, local_server, machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"

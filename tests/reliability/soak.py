@@ -27,8 +27,9 @@ import vit_builder
 from vit_builder.repository import model_file
 from vit_client import AsyncClient, BadImage, BadImages, DeadlineExceeded, Overloaded
 
+from bench.footprint import Footprint, footprint
+
 from . import poison
-from .footprint import Footprint, footprint
 
 BIN = Path(sys.executable).parent
 TASKS = ("classify", "probabilities", "embed", "features", "analyze")

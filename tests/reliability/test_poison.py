@@ -20,8 +20,9 @@ from PIL import Image
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+from bench.footprint import MIB, footprint, peak, settled
+
 from . import poison
-from .footprint import MIB, footprint, peak, settled
 from .poison import Case
 
 SIDE = 64  # of the tiny model's image

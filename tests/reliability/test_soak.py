@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import Server, serving
 
-from .footprint import Footprint, Usage
+from bench.footprint import Footprint, Usage
+
 from .soak import growth, known, many, report, right, soak
 
 

@@ -1,4 +1,4 @@
-"""perf_analyzer's input files, made of photos: `python -m tests.load.inputs --help`.
+"""perf_analyzer's input files, made of photos: `python -m bench.load.inputs --help`.
 
 perf_analyzer sends what it reads as it is. The wire form of a STRING tensor has a 4-byte length
 (little-endian) before each element, so the base64 must hold that length and then the file; without
@@ -85,7 +85,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Write files for your own perf_analyzer commands; the load test makes its own."""
     parser = argparse.ArgumentParser(
-        prog="python -m tests.load.inputs",
+        prog="python -m bench.load.inputs",
         description="Write perf_analyzer's input files: your photos at several sizes, in both "
         "forms that it takes.",
     )

@@ -11,11 +11,11 @@ import pytest
 from conftest import PHOTOS, Server
 from PIL import Image
 
-from . import inputs, perf_analyzer, report
-from .perf_analyzer import Measured, PerfAnalyzerError
-from .report import Parts, Point
-from .sweep import Sweep
-from .triton import Address, Triton
+from bench.load import inputs, perf_analyzer, report
+from bench.load.perf_analyzer import Measured, PerfAnalyzerError
+from bench.load.report import Parts, Point
+from bench.load.sweep import Sweep
+from bench.load.triton import Address, Triton
 
 FILES = [photo.read_bytes() for photo in inputs.photos(PHOTOS)]
 
@@ -99,7 +99,7 @@ def test_a_refused_request_is_told_in_the_servers_words(sweep: Sweep, tmp_path: 
 
 
 def test_the_report(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the picture needs tests/load/requirements.txt")
+    pytest.importorskip("matplotlib", reason="the picture needs bench/load/requirements.txt")
     measured = Measured(12.5, 0.04, 80.0, 79.0, 90.0, 99.0, "perf_analyzer …")
     parts = Parts(10.0, 20.0, 30.0, 0.0, 20.0, 4.0)
     points = [

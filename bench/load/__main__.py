@@ -24,7 +24,7 @@ def main() -> int:
     args = _parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up like Ctrl-C
     if not find_spec("matplotlib"):  # better now than after ten minutes
-        print("load test: pip install -r tests/load/requirements.txt first", file=sys.stderr)
+        print("load test: pip install -r bench/load/requirements.txt first", file=sys.stderr)
         return 1
     try:
         paths = inputs.photos(args.photos)
@@ -123,16 +123,16 @@ def _count(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.load",
+        prog="python -m bench.load",
         description="Load-test a Triton server that serves our models with NVIDIA's perf_analyzer: "
         "starts vit-server where no --url is given. Writes a report, a picture of latency against "
         "throughput, CSV and JSON.",
         epilog="examples:\n"
-        "  python -m tests.load                               # all models: 15 minutes\n"
-        "  python -m tests.load --models embed --megapixels 0.05 0.3 2\n"
-        "  python -m tests.load --models embed --rate 5 10 15 20\n"
-        "  python -m tests.load --url grpcs://vit.example:443 --ca-file ca.pem\n"
-        "  python -m tests.load --models vit -- -b 8          # more for perf_analyzer\n",
+        "  python -m bench.load                               # all models: 15 minutes\n"
+        "  python -m bench.load --models embed --megapixels 0.05 0.3 2\n"
+        "  python -m bench.load --models embed --rate 5 10 15 20\n"
+        "  python -m bench.load --url grpcs://vit.example:443 --ca-file ca.pem\n"
+        "  python -m bench.load --models vit -- -b 8          # more for perf_analyzer\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         help="send each photo as a JPEG of these sizes (default: the files as they are)",
     )
     add("--seconds", type=_positive, default=5, help="of one of three windows (default: 5)")
-    add("--output", type=Path, metavar="DIR", help="default: tests/load/results/DATE")
+    add("--output", type=Path, metavar="DIR", help="default: bench/load/results/DATE")
     add("extra", nargs="*", metavar="-- …", help="the rest goes to perf_analyzer")
     return parser
 

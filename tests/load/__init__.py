@@ -1,1 +1,0 @@
-"""Load tests with the real perf_analyzer: `python -m tests.load --help`."""
