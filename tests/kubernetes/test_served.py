@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import BIN, GOLDENS, PHOTOS, Server, serving
-from load import inputs, perf_analyzer
 from nvidia import container, status
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 from vit_client import Client, Unavailable
 from vit_server import options
+
+from bench.load import inputs, perf_analyzer
 
 from . import rendered
 from .rendered import FOLDER, ROOT, Object, find
