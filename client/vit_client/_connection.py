@@ -8,14 +8,14 @@ import itertools
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from . import _protocol as pb
 from . import _wire
 from ._channel import open_channel
 from ._retry import RetryBudget, backoff
@@ -56,7 +56,7 @@ _grpc_pid = 0
 @dataclass(eq=False)
 class _Open:
     channel: grpc.aio.Channel
-    stub: Any
+    methods: dict[str, Callable[..., Any]]
     since: float
     calls: int = 0  # under way
 
@@ -107,8 +107,7 @@ class Connection:
             )
         if self._current is None:
             channel = open_channel(self.settings)
-            stub = GRPCInferenceServiceStub(channel)
-            self._current = _Open(channel, stub, time.monotonic())
+            self._current = _Open(channel, pb.methods(channel), time.monotonic())
             self._loop, self._pid = loop, os.getpid()
         return self._current
 
@@ -191,7 +190,7 @@ class Connection:
             message.parameters["timeout"].int64_param = _wire.queue_timeout(left)
         try:
             with self.telemetry.attempt(method, message) as metadata:
-                call = getattr(opened.stub, method)
+                call = opened.methods[method]
                 return await call(message, timeout=left, metadata=metadata)
         except grpc.RpcError as failure:
             error = self._error(failure, task, timeout)

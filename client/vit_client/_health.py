@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from tritonclient.grpc import service_pb2 as pb
-
+from . import _protocol as pb
 from . import _wire
 from ._question import question
 from .errors import VitClientError

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import service_pb2 as pb
 
+from . import _protocol as pb
 from ._question import Question
 from .errors import ModelNotServed
 from .types import Model, Prediction
@@ -34,8 +34,8 @@ _DTYPES = {"FP32": "<f4", "FP16": "<f2", "INT32": "<i4"}
 _BAD_ROW = re.compile(r"(?:^|\W)image\[(\d+)\]: *(.*)")
 
 
-def request(question: Question, files: Sequence[bytes]) -> pb.ModelInferRequest:
-    """One request with one encoded file a row."""
+def request(question: Question, files: Sequence[bytes]) -> Any:
+    """A ModelInferRequest with one encoded file a row."""
     message = pb.ModelInferRequest(
         model_name=question.ensemble,
         model_version=question.model_version,
@@ -56,8 +56,9 @@ def queue_timeout(left: float) -> int:
     return max(1, int(left * 500_000))
 
 
-def rows(question: Question, response: pb.ModelInferResponse) -> list[dict[str, Any]]:
-    """The answers to each row by name. Arrays are read-only views into the response."""
+def rows(question: Question, response: Any) -> list[dict[str, Any]]:
+    """The answers of a ModelInferResponse to each row, by name. Arrays are read-only views into
+    it."""
     raw = {
         output.name: (output, data)
         for output, data in zip(response.outputs, response.raw_output_contents, strict=True)

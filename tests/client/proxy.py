@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2 as pb
+from vit_client import _protocol as pb
 
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")  # a refusal, as Triton says it

@@ -1,4 +1,4 @@
-"""The client in other environments: Python 3.10 to 3.13, protobuf 4 to 6, numpy 1.26 and 2.
+"""The client in other environments: Python 3.10 to 3.13, protobuf 4 to 7, numpy 1.26 and 2.
 
 Each gets a virtual environment with the client installed as a user would, and runs the client's
 own tests there against the server of this session. What this machine has no interpreter for is
@@ -27,11 +27,14 @@ def interpreter(version: str) -> str | None:
     ("version", "pins"),
     [
         # The oldest that the client allows.
-        ("3.10", ["tritonclient==2.50.0", "protobuf==4.*", "numpy==1.26.*", "pillow==10.*"]),
-        ("3.12", ["tritonclient==2.66.0", "protobuf==5.*", "numpy==2.0.*"]),
-        ("3.13", ["protobuf==6.*", "numpy==2.*"]),
+        (
+            "3.10",
+            ["grpcio==1.60.0", "protobuf==4.25.0", "numpy==1.26.0", "pillow==10.1.0"],
+        ),
+        ("3.12", ["protobuf==5.*", "numpy==2.0.*"]),
+        ("3.13", ["protobuf==7.*", "numpy==2.*"]),
     ],
-    ids=["python 3.10, protobuf 4, numpy 1", "python 3.12, protobuf 5, numpy 2", "python 3.13"],
+    ids=["python 3.10, the oldest", "python 3.12, protobuf 5, numpy 2", "python 3.13, protobuf 7"],
 )
 def test_the_client_works_with(url: str, tmp_path: Path, version: str, pins: list[str]) -> None:
     python = interpreter(version)
