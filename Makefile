@@ -71,7 +71,7 @@ format: $(INSTALLED_DEV)
 
 clean:
 	rm -rf .venv .venv-bench models my-models gpu-kit sbom embedding.f32 request.json \
-		request.bin answer.json triton.binpb
+		request.bin answer.json
 
 $(INSTALLED): constraints.txt tools/find-python.sh */pyproject.toml
 	@python=$$(tools/find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv

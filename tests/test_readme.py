@@ -12,8 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-SCRATCH = ("embedding.f32", "request.bin", "answer.json")
-SCRATCH += ("triton.binpb", "request.json", "my-models")
+SCRATCH = ("embedding.f32", "request.bin", "answer.json", "request.json", "my-models")
 # The lines of the two blocks that are more than one command to run and wait for.
 DEMO = next(text for _, text in BLOCKS if "make demo" in text)
 SERVE = next(text for _, text in BLOCKS if "make serve" in text)
