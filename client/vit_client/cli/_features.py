@@ -18,6 +18,7 @@ from ._common import IMAGES_FAILED, OK, connect, escaped
 from ._embed import describe
 from ._files import check_place, replacing
 from ._inputs import STDIN, Source, expand
+from ._pictures import check_picture, decoded, write_picture
 from ._report import error
 from ._tables import add_array, write_safetensors
 
@@ -37,10 +38,10 @@ def features_to_file(options: Namespace) -> int:
     output = Path(options.output) if options.output else None
     if output is not None and output.suffix not in (".safetensors", ".npz"):
         raise ConfigurationError(f"{shortened(output)}: the name must end in .safetensors, .npz")
-    for file in filter(None, (options.output, options.picture)):
-        check_place(Path(file))
+    if output is not None:
+        check_place(output)
     if options.picture:
-        _check_picture(Path(options.picture), names[0])
+        check_picture(Path(options.picture), names)
     with connect(options) as client:
         # A pipe can be read only once, and the picture is to show what was sent.
         source = Source(names[0])
@@ -54,20 +55,13 @@ def features_to_file(options: Namespace) -> int:
         print(f"{output}: neck {' × '.join(map(str, neck.shape))} float32")
     if options.picture:
         try:
-            photo = _decoded(source.data)
+            photo = decoded(io.BytesIO(source.data))
         except Exception as failure:  # Pillow raises nearly anything
             error(f"{shortened(names[0])}: no picture, for Pillow cannot read it here ({failure})")
             return IMAGES_FAILED
         picture(photo, neck, Path(options.picture))
         print(f"{options.picture}: the image, and its first three principal components")
     return IMAGES_FAILED if told else OK
-
-
-def _decoded(data: bytes) -> Image.Image:
-    Image.MAX_IMAGE_PIXELS = None  # the server has a limit of its own
-    with Image.open(io.BytesIO(data)) as photo:
-        rgb: Image.Image = photo.convert("RGB")
-        return rgb
 
 
 def _save(path: Path, suffix: str, neck: Array, metadata: dict[str, str]) -> None:
@@ -89,8 +83,7 @@ def picture(photo: Image.Image, neck: Array, path: Path) -> None:
     both = Image.new("RGB", (2 * size[0], size[1]))
     both.paste(photo.resize(size, Image.Resampling.LANCZOS), (0, 0))
     both.paste(colours.resize(size, Image.Resampling.NEAREST), (size[0], 0))
-    with replacing(path) as temporary:
-        both.save(temporary, _format(path))
+    write_picture(both, path)
 
 
 def principal_colours(neck: Array) -> npt.NDArray[np.uint8]:
@@ -109,19 +102,3 @@ def principal_colours(neck: Array) -> npt.NDArray[np.uint8]:
     scaled = np.clip((components - low) / np.maximum(high - low, 1e-6), 0, 1)
     colours: npt.NDArray[np.uint8] = (255 * scaled).round().astype(np.uint8)
     return colours.reshape(height, width, 3)
-
-
-def _check_picture(path: Path, name: str) -> None:
-    _format(path)
-    if name == STDIN or not (os.path.exists(path) and os.path.exists(name)):  # noqa: PTH110
-        return
-    if path.samefile(name):
-        raise ConfigurationError(f"{shortened(path)} is the image itself: choose another name")
-
-
-def _format(path: Path) -> str:
-    Image.init()
-    name = Image.EXTENSION.get(path.suffix.lower(), "")
-    if name not in Image.SAVE:
-        raise ConfigurationError(f"{shortened(path)}: cannot write pictures of this kind; try .png")
-    return name

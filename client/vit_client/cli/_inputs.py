@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -137,9 +138,18 @@ def _read_up_to(file: BinaryIO | FileIO, most: int) -> bytes:
     return b"".join(parts)
 
 
-def image(name: str) -> ImageLike:
-    """What to give to the client for a name from `expand`."""
-    return cast("BinaryIO", Source(name)) if name == STDIN else name
+def image(name: str, *, kept: bool = False) -> ImageLike:
+    """What to give to the client for a name from `expand`; if `kept`, what can be read only once,
+    like a pipe, is a Source too."""
+    once = name == STDIN or (kept and _is_pipe(name))
+    return cast("BinaryIO", Source(name)) if once else name
+
+
+def _is_pipe(name: str) -> bool:
+    try:
+        return stat.S_ISFIFO(Path(name).stat().st_mode)
+    except (OSError, ValueError):  # not there; or a NUL in the name
+        return False
 
 
 class Source:
@@ -183,11 +193,12 @@ def _stdin(what: str) -> FileIO:
 class Images(Iterable[ImageLike]):
     """The images of a list of names, with a length for the progress bar."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, kept: bool = False) -> None:
         self._names = names
+        self._kept = kept
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __iter__(self) -> Iterator[ImageLike]:
-        return map(image, self._names)
+        return (image(name, kept=self._kept) for name in self._names)

@@ -41,6 +41,17 @@ For more names than a command line holds, which xargs would cut up:
 Each of these names is a file, as it is: not a folder, nor a pattern.
 """
 
+_SHEET = """\
+To look rather than read: vit-client classify photos/ --sheet sheet.png
+"""
+
+_SIMILAR = """\
+FILE is what `vit-client embed -o` wrote.
+
+To look rather than read: vit-client similar cat.jpg --to photos.npz --sheet alike.png
+It shows the images that FILE names: run it in the folder that `embed` was run in.
+"""
+
 _KEPT = """\
 Into one file, and resumed if interrupted: vit-client embed photos/ -o photos.parquet --top-k 5
 """
@@ -125,10 +136,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _classify(verbs: Any) -> None:
-    verb = _verb(verbs, "classify", "the most likely classes, best first", answer, _IMAGES)
+    verb = _verb(
+        verbs, "classify", "the most likely classes, best first", answer, f"{_IMAGES}\n{_SHEET}"
+    )
     _takes_images(verb)
     _takes_top_k(verb, 5, "how many classes (default 5)")
     _prints(verb, csv=True)
+    _draws_sheet(verb, "also draw the images, with their best classes: a .png, .jpg, …")
 
 
 def _probabilities(verbs: Any) -> None:
@@ -180,13 +194,14 @@ def _analyze(verbs: Any) -> None:
 
 def _similar(verbs: Any) -> None:
     what = "the images most like a query, by cosine of their vectors"
-    verb = _verb(verbs, "similar", what, similar, "FILE is what `vit-client embed -o` wrote.\n")
+    verb = _verb(verbs, "similar", what, similar, _SIMILAR)
     verb.add_argument("query", metavar="IMAGE", help="file, or - for standard input")
     verb.add_argument("--to", metavar="FILE", required=True, help="the vectors to compare with")
     verb.add_argument(
         "-n", "--number", type=_positive, default=10, metavar="N", help="how many (default 10)"
     )
     _prints(verb, csv=False)
+    _draws_sheet(verb, "also draw the query and the images found: a .png, .jpg, …")
 
 
 def _health(verbs: Any) -> None:
@@ -247,6 +262,10 @@ def _prints(verb: argparse.ArgumentParser, *, csv: bool) -> Any:
     if csv:
         form.add_argument("--csv", action="store_true", help="print a table with a header")
     return form
+
+
+def _draws_sheet(verb: argparse.ArgumentParser, what: str) -> None:
+    verb.add_argument("--sheet", metavar="PICTURE", help=what)
 
 
 def _embed_anywhere(options: argparse.Namespace) -> int:

@@ -85,7 +85,8 @@ def read(path: Path) -> tuple[list[str], Array, str]:
         images, embeddings, model = _FORMATS[path.suffix].read(path)
         if embeddings.ndim != 2 or len(images) != len(embeddings):
             raise ValueError(f"{len(images)} names for {list(embeddings.shape)} numbers")
-        return images, embeddings.astype(np.float32, copy=False), model
+        # Somebody else's file may have numbers for names.
+        return list(map(str, images)), embeddings.astype(np.float32, copy=False), model
 
 
 def read_images(path: Path) -> list[str]:
