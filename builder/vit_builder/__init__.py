@@ -1,5 +1,7 @@
 """Build a Triton model repository from a birder ViT checkpoint."""
 
+__version__ = "0.1.0"
+
 from .build import build
 from .checkpoint import Checkpoint, CheckpointError, load, random, save
 from .images import CalibrationError
@@ -13,6 +15,7 @@ __all__ = [
     "RepositoryError",
     "Settings",
     "VerificationError",
+    "__version__",
     "build",
     "load",
     "random",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, export, hub, images, repository, verify
+from . import __version__, checkpoint, export, hub, images, repository, verify
 from .build import build, say
 from .checkpoint import Checkpoint
 from .repository import Settings
@@ -153,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"vit-builder {__version__}")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--checkpoint",

@@ -14,7 +14,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from . import ensembles
+from . import __version__, ensembles
 from .checkpoint import Checkpoint
 
 TEMPLATE = Path(__file__).parent / "model_repository"
@@ -120,6 +120,7 @@ def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, s
         group = config.instance_group.add()
         group.kind, group.count = group.KIND_GPU, GPU_INSTANCES
     # Triton passes these through; clients read them with the ModelConfig call.
+    config.parameters["builder_version"].string_value = __version__
     config.parameters["model_name"].string_value = checkpoint.name
     config.parameters["weights"].string_value = "trained" if checkpoint.trained else "random"
     config.parameters["weights_sha256"].string_value = sha256

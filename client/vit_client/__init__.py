@@ -13,6 +13,8 @@
 `AsyncClient` has the same methods, awaited. All errors are in `vit_client.errors`.
 """
 
+__version__ = "0.1.0"
+
 from ._async import AsyncClient
 from ._sync import Client
 from .errors import (
@@ -31,8 +33,6 @@ from .errors import (
     VitClientError,
 )
 from .types import Analysis, Features, Health, ImageLike, Item, Model, Prediction
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AccessDenied",

@@ -321,6 +321,8 @@ class Connection:
         request = pb.ModelConfigRequest(name=_wire.MODEL, version=version)
         config = (await self.call("ModelConfig", request, timeout=timeout)).config
         model = _wire.model(config, version)
+        if problem := _wire.misfit(model.builder_version):
+            log.warning("%s", problem)
         self._models[model.version] = model
         if not version and not self._answered:
             self._answered = model.version

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import __version__
 from . import _protocol as pb
 from ._question import Question
 from .errors import ModelNotServed
@@ -113,12 +114,37 @@ def model(config: Any, version: str) -> Model:
             precision=text.get("precision", ""),
             trained=text.get("weights") != "random",
             weights_sha256=text.get("weights_sha256", ""),
+            builder_version=text.get("builder_version", ""),
         )
     except (KeyError, ValueError, IndexError):
         raise ModelNotServed(
             f"the server has a model named {MODEL!r}, but not the one this client is for: "
             f"its tensors are {sorted(dims)}"
         ) from None
+
+
+def misfit(builder: str, client: str = __version__) -> str:
+    """What to warn of where a model was built by this version of vit-builder; "" if of nothing.
+
+    The two fit if their major versions are the same, before 1.0 also the minor ones.
+    """
+    theirs, ours = _compatible(builder), _compatible(client)
+    if not theirs or theirs == ours:
+        return ""
+    newer = "update vit-client"
+    older = f"build the model anew, or install vit-client {'.'.join(map(str, theirs))}"
+    return (
+        f"the server's model was built by vit-builder {builder}, and this is vit-client {client}: "
+        f"they may not understand each other ({newer if theirs > ours else older})"
+    )
+
+
+def _compatible(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if not numbers:
+        return ()
+    major, minor = map(int, numbers.groups())
+    return (major,) if major else (major, minor)
 
 
 def _request_bytes(text: str) -> int:

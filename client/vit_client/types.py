@@ -132,6 +132,8 @@ class Model:
     """False for a model with random weights, whose labels mean nothing."""
     weights_sha256: str
     """SHA-256 of the checkpoint it was built from, as hex digits; "" if there is none."""
+    builder_version: str
+    """Of the vit-builder that built it, e.g. "0.1.0"; "" if the server does not tell."""
 
 
 @dataclass(frozen=True)

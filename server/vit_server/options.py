@@ -5,7 +5,7 @@ import ipaddress
 import re
 from pathlib import Path
 
-from . import tracing
+from . import __version__, tracing
 
 
 def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -47,6 +47,7 @@ def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = options.add_argument
+    add("--version", action="version", version=f"vit-server {__version__}")
     add(
         "--model-repository",
         type=Path,

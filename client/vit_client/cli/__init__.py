@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO, cast
@@ -22,13 +23,14 @@ from ._common import (
     reason,
 )
 from ._parser import parse
-from ._report import error
+from ._report import Warnings, error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; `--help` lists them."""
     _streams.prepare()
     _interrupt.end_at_second()
+    logging.getLogger("vit_client").addHandler(Warnings(logging.WARNING))
     output = _streams.Output(sys.stdout)
     with contextlib.redirect_stdout(cast("TextIO", output)):
         code = _told(lambda: _run(arguments))

@@ -41,6 +41,7 @@ def _print(found: Health, model: Model | None) -> None:
     if model:
         height, width = model.image_size
         print(f"model      {model.name} version {model.version}, {model.precision}")
+        print(f"built by   vit-builder {model.builder_version or 'of an unknown version'}")
         print(f"weights    {'trained' if model.trained else 'random: labels mean nothing'}")
         print(f"image      {width} × {height} pixels, up to {model.max_batch_size} in a request")
         print(

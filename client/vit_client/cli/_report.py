@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from typing import TextIO
@@ -32,3 +33,10 @@ def error(message: str) -> None:
 def warning(message: str) -> None:
     """Something is not as it should be, but the answer stands."""
     note(f"warning: {message}")
+
+
+class Warnings(logging.Handler):
+    """What the SDK warns of, as the command's own warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning(record.getMessage())
