@@ -12,6 +12,7 @@ import pytest
 from conftest import PHOTOS, Rows, Server, golden_image, png
 from google.protobuf import text_format
 from PIL import Image
+from reliability.files import png as png_of
 from tritonclient.grpc import InferenceServerClient, InferInput, model_config_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -132,7 +133,7 @@ POISON = {
     "truncated jpeg": (PHOTO[: len(PHOTO) // 2], "truncated"),
     "truncated png": (png(np.zeros((64, 64, 3), np.uint8))[:-40], "cannot be decoded"),
     "header only": (PHOTO[:20], "not an image|cannot be decoded"),
-    "bomb": (encoded(Image.new("1", (60_000, 60_000)), "PNG"), "60000x60000 is over 110000000 pix"),
+    "bomb": (png_of(60_000, 60_000, 1, 0, bytes(7501)), "60000x60000 is over 110000000 pix"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
 }
 
