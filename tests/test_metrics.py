@@ -119,7 +119,8 @@ def test_histograms_have_each_image_once(server: Server) -> None:
     assert 0 <= grown["held_back_seconds_total"] < seconds * 3
     sizes = buckets(grown, "megapixels")
     assert sizes.pop(0.25) == sent[PHOTO]
-    assert {limit: sizes[limit] for limit in (0.1, 0.5, 1, float("inf"))} == {
+    assert {limit: sizes[limit] for limit in (0.001, 0.1, 0.5, 1, float("inf"))} == {
+        0.001: 0,
         0.1: 0,
         0.5: sent[PHOTO],
         1: total,

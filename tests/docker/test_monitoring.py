@@ -188,6 +188,23 @@ def test_a_dead_model_is_seen(
             assert [labels["model"] for labels, _ in found] == [dead]
 
 
+def test_probes_are_not_traffic(tiny_repository: Path, cache: Path, tmp_path: Path) -> None:
+    idle = 'ALERTS{alertname="VitNoTraffic", alertstate="pending"}'
+    with (
+        plain_triton(tiny_repository) as server,
+        prometheus(server.metrics_url, cache, tmp_path) as watching,
+    ):
+        ((_, before),) = watching.wait("vit_preprocess_megapixels_count")
+        for _ in range(5):
+            assert health(server.http_url) == (0, "")
+        watching.wait("vit_preprocess_megapixels_count", lambda value: value == before + 10)
+        watching.wait(idle)
+        assert watching.query("instance:vit_answered:rate1m > 0.01")  # which does count them
+        for _ in range(20):
+            assert post(f"{server.http_url}/v2/models/embed/infer", PHOTO) == 200
+        watching.wait(f"absent({idle})")
+
+
 def test_a_restart_is_seen(tiny_repository: Path, cache: Path, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     served = 'sum(nv_inference_request_success{model="preprocess"})'

@@ -19,7 +19,8 @@ from decode import REASONS
 
 PAUSE = 1.0  # seconds between two times that Triton is told
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-MEGAPIXELS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+# Up to 0.001 are health checks and warm-up: the alert VitNoTraffic does not count these.
+MEGAPIXELS = (0.001, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
