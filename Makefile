@@ -1,5 +1,6 @@
-# make demo   everything from nothing: .venv, install, build, start Triton, ask it about a photo, stop
-# make serve  the same, and stays up until Ctrl-C
+# make demo   everything from nothing: .venv, install, build, start Triton, ask it about a photo, stop;
+#             then train, build and ask a small network, and draw what it answers: demo.png
+# make serve  the full-size network, until Ctrl-C
 # make test   all tests
 # make containers  build and run the images in a real Docker engine: 10 minutes
 # make lint   ruff (lint and format), mypy, and pip-audit where it can look advisories up
@@ -70,13 +71,14 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-bench models my-models gpu-kit sbom embedding.f32 request.json \
-		request.bin answer.json
+	rm -rf .venv .venv-bench models my-models digits demo.png gpu-kit sbom embedding.f32 request.json \
+		request.bin answer.json sheet.png
 
-$(INSTALLED): constraints.txt tools/find-python.sh */pyproject.toml
+$(INSTALLED): constraints.txt tools/find-python.sh */pyproject.toml examples/requirements.txt
 	@python=$$(tools/find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
 	@echo "Installing into .venv: a minute where torch comes without CUDA, else several GB …"
-	$(PIP) install --quiet -c constraints.txt -e builder -e 'server[embedded]' -e 'client[all]'
+	$(PIP) install --quiet -c constraints.txt -e builder -e 'server[embedded]' -e 'client[all]' \
+		-r examples/requirements.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt bench/load/requirements.txt

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-SCRATCH = ("embedding.f32", "request.bin", "answer.json", "request.json", "my-models")
+SCRATCH = ("embedding.f32", "request.bin", "answer.json", "request.json", "sheet.png", "my-models")
 # The lines of the two blocks that are more than one command to run and wait for.
 DEMO = next(text for _, text in BLOCKS if "make demo" in text)
 SERVE = next(text for _, text in BLOCKS if "make serve" in text)
@@ -64,6 +65,10 @@ def test_make_demo() -> None:
     said = run("make demo")
     assert "Ready: every model has answered" in said
     assert len(re.findall(r"^\$ vit-client (classify|embed|features) ", said, re.M)) == 3
+    (right,) = re.findall(r"^Right: (\d+) of 360 images that it was not trained on$", said, re.M)
+    assert int(right) > 342
+    with Image.open(ROOT / "demo.png") as sheet:
+        assert sheet.mode == "RGB"
     assert "The server has stopped" in said
 
 

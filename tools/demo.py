@@ -1,4 +1,4 @@
-"""`make demo`: start the built repository on free ports, ask about a photo, stop."""
+"""`make demo`: ask the full-size network about a photo, then one that has learned digits."""
 
 import shlex
 import signal
@@ -6,43 +6,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+import digits  # noqa: E402
+
 PHOTO = "photos/coffee.jpg"
 COMMANDS = [f"classify {PHOTO} --top-k 5", f"embed {PHOTO}", f"features {PHOTO}"]
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
-    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
-    command = [BIN / "vit-server", "--model-repository", "models", *ports]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = wait_until_ready(server)
-            for words in COMMANDS if url else []:
+    try:
+        with digits.serving(Path("models")) as address:
+            for words in COMMANDS:
                 print(f"\n$ vit-client {words}", flush=True)
-                subprocess.run([BIN / "vit-client", *shlex.split(words), "--url", url], check=True)
-        except subprocess.CalledProcessError as e:
-            return e.returncode
-        except KeyboardInterrupt:
-            return 130
-        finally:
-            server.terminate()
-            server.wait()
-    if server.returncode == 0:
-        print("\nThe server has stopped. `make serve` keeps one running.")
-    return server.returncode
-
-
-def wait_until_ready(server: subprocess.Popen[str]) -> str:
-    """Show what the server says until it is ready; its gRPC address, or "" where it failed."""
-    url = ""
-    for line in server.stdout or ():
-        print(line, end="", flush=True)
-        if line.startswith("gRPC"):
-            url = line.split()[1]
-        if line.startswith("Ready"):
-            return url
-    return ""
+                command = [digits.BIN / "vit-client", *shlex.split(words), "--url", address]
+                subprocess.run(command, check=True)
+        print("\nNow a small network that has learned something (examples/digits.py):", flush=True)
+        digits.main()
+    except subprocess.CalledProcessError as e:
+        return e.returncode
+    except KeyboardInterrupt:
+        return 130
+    print("\nThe server has stopped. `make serve` keeps one running, with the full-size network.")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""From training to serving: a small ViT learns handwritten digits, and a server answers with it.
+
+    python examples/digits.py    # half a minute; then look at demo.png
+
+Train, save as birder does, build, serve, ask: copy from here for a network of your own. The files
+go into `digits/`, and what is there already is not made again.
+"""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import vit_builder
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from vit_builder.model import ViT, ViTConfig
+from vit_client import Client
+
+BIN = Path(sys.executable).parent
+FOLDER = Path("digits")
+SHEET = Path("demo.png")
+CONFIG = ViTConfig(
+    image_size=(32, 32), num_classes=10, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128
+)
+MEAN, STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
+
+
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Images uint8 [N, 32, 32, 3] and classes [N]: 1437 to train on and 360 to test on."""
+    data = load_digits()
+    gray = [Image.fromarray((image * 15.9).astype(np.uint8)) for image in data.images]
+    images = np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image in gray])
+    train, test, train_classes, test_classes = train_test_split(
+        images, data.target, test_size=360, random_state=0, stratify=data.target
+    )
+    return train, train_classes, test, test_classes
+
+
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """float32 [N, 3, 32, 32], as the server normalises."""
+    x = (torch.from_numpy(images) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return x.permute(0, 3, 1, 2)
+
+
+def train(images: np.ndarray, classes: np.ndarray, epochs: int = 30) -> ViT:
+    torch.manual_seed(0)
+    network = ViT(CONFIG)
+    for parameter in (network.reg_tokens, network.pos_embedding):
+        torch.nn.init.normal_(parameter, std=0.02)
+    x, y = normalised(images), torch.from_numpy(classes)
+    batch = 64
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    steps = epochs * (len(x) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(batch)[: len(x) // batch]:
+            loss = F.cross_entropy(network(x[rows])[0], y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+def save(network: ViT, path: Path) -> None:
+    """Write a checkpoint as birder does: weights, labels and colour statistics, all in one file."""
+    labels = [f"digit {i}" for i in range(10)]
+    state = network.state_dict()
+    checkpoint = vit_builder.Checkpoint("digits", CONFIG, state, labels, MEAN, STD, trained=True)
+    vit_builder.save(checkpoint, path)
+
+
+@contextlib.contextmanager
+def serving(models: Path) -> Iterator[str]:
+    """Start vit-server on free ports and stop it at the end; the gRPC address."""
+    ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+    command = [BIN / "vit-server", "--model-repository", models, *ports]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = ""
+            for line in server.stdout or ():
+                print(line, end="", flush=True)
+                if line.startswith("gRPC"):
+                    address = line.split()[1]
+                if line.startswith("Ready"):
+                    break
+            else:
+                sys.exit(server.wait())  # it has said why
+            yield address
+        finally:
+            server.terminate()
+    if server.returncode:
+        sys.exit(server.returncode)
+
+
+def show(images: np.ndarray, address: str) -> None:
+    """Draw the images with the server's answers, by the command line."""
+    files = [FOLDER / f"{number:02}.png" for number in range(len(images))]
+    for image, file in zip(images, files, strict=True):
+        Image.fromarray(image).save(file)
+    command = [BIN / "vit-client", "classify", *files, "--top-k", "1", "--sheet", SHEET]
+    subprocess.run([*command, "--url", address], check=True, stdout=subprocess.DEVNULL)
+    print(f"{SHEET} has {len(images)} of them, each with its answer.")
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    checkpoint, models = FOLDER / "vit.safetensors", FOLDER / "models"
+    images, classes, unseen, unseen_classes = digits()
+    if not checkpoint.exists():
+        print(f"Training a small ViT on {len(images)} images …", flush=True)
+        save(train(images, classes), checkpoint)
+    if not models.exists():
+        command = [BIN / "vit-builder", "--checkpoint", checkpoint, "--output", models]
+        subprocess.run(command, check=True)
+    with serving(models) as address, Client(address) as client:
+        answers = client.classify(list(unseen), top_k=1)
+        right = sum(answers[i][0].index == unseen_classes[i] for i in range(len(unseen)))
+        print(f"\nRight: {right} of {len(unseen)} images that it was not trained on")
+        show(unseen[:40], address)
+
+
+if __name__ == "__main__":
+    main()
