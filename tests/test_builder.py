@@ -187,7 +187,7 @@ def test_batch_of_one_is_a_batch_size(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (("--checkpoint", "nothing.pt"), "nothing.pt: no such file"),
-        ((*TINY, "--top-k", "13"), "--top-k 13 is over the 12 classes"),
+        ((*TINY, "--top-k", "13"), "--top-k 13 is more than the 12 classes"),
         ((*TINY, "--weights", "random"), "not allowed with"),
         ((*TINY, "--max-batch-size", "0"), "0 is not a positive whole number"),
     ],
@@ -204,7 +204,7 @@ def test_a_folder_that_is_something_else_is_not_replaced(tmp_path: Path) -> None
     (tmp_path / "thesis.txt").write_text("years of work")
     result = builder(*TINY, "--output", tmp_path)
     assert result.returncode == 1
-    assert f"{tmp_path} exists and is not a repository that vit-builder wrote" in result.stderr
+    assert f"{tmp_path} exists, but vit-builder did not write it" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

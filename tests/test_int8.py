@@ -28,7 +28,7 @@ def test_full_size_network_served_in_int8(tmp_path: Path) -> None:
     """With made weights, where near ties are everywhere; the first photo is the one held apart."""
     done = builder("--weights", "random", "--precision", "int8", "--output", tmp_path / "m")
     assert done.returncode == 0, done.stderr
-    assert "the photos that vit-builder ships: 2 images, and 1 held apart" in done.stderr
+    assert "the photos that vit-builder ships: 2 images, and 1 held out" in done.stderr
     report = json.loads((tmp_path / "m" / "build_report.json").read_text())
     assert report["agreement"]["embedding_min_cosine"] > 0.9995  # 0.99976
     facts = report["int8"]
@@ -107,7 +107,7 @@ def test_a_layer_that_int8_does_not_suit_stays_in_fp32(tmp_path: Path) -> None:
     file = ("--checkpoint", tmp_path / "outlier.safetensors")
     done = builder(*file, "--precision", "int8", "--output", tmp_path / "m")
     assert done.returncode == 0, done.stderr
-    assert "encoder.block.1.mlp.3 stays in fp32: in int8 it would be off by" in done.stderr
+    assert "encoder.block.1.mlp.3 stays in fp32: its error in int8 would be" in done.stderr
     report = json.loads((tmp_path / "m" / "build_report.json").read_text())
     assert report["int8"]["layers_in_fp32"] == ["encoder.block.1.mlp.3"]
     assert report["int8"]["layer_errors"]["encoder.block.1.mlp.3"] > MAX_ERROR

@@ -155,7 +155,7 @@ def test_wrong_arguments(tiny_repository: Path, arguments: tuple[str, ...], sent
 
 def test_no_repository(tmp_path: Path) -> None:
     assert "no such model repository" in start_and_fail(tmp_path / "nothing")
-    assert "no build_report.json; vit-builder fills it in" in start_and_fail(
+    assert "no build_report.json; run vit-builder to create it" in start_and_fail(
         PHOTOS.parent / "model_repository"
     )
 
@@ -213,7 +213,7 @@ def spoil_shape(repository: Path) -> None:
     ("spoil", "sentence"),
     [
         (spoil_model, "the model 'vit' failed to load: .*PytorchStreamReader"),
-        (spoil_labels, "classify is loaded but does not answer: .*top_indices must be in"),
+        (spoil_labels, "classify is loaded but its requests fail: .*top_indices must be in"),
         (spoil_config, "'embed' failed to load: .* proto from {repository}/embed/config.pbtxt"),
         (spoil_own_config, "vit-server: {repository}/preprocess/config.pbtxt: 1:17 "),
         (spoil_code, "the model 'preprocess' failed to load: .*antigravity_two"),
@@ -258,10 +258,10 @@ def test_warm_up_that_fails(
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
     _, crash, _, reason = result.stderr.splitlines()
-    assert re.match("vit-server: tritonserver ended with exit code 1(34|39): .*without war", crash)
+    assert re.match("vit-server: tritonserver exited with code 1(34|39): .*without war", crash)
     assert reason == (
-        "vit-server: embed is loaded but does not answer: in ensemble 'embed', the network failed: "
-        "builtins.RuntimeError: no memory for so many"
+        "vit-server: embed is loaded but its requests fail: in ensemble 'embed', "
+        "the network failed: builtins.RuntimeError: no memory for so many"
     )
 
 
@@ -496,7 +496,7 @@ def test_first_answer_on_a_machine_that_is_too_busy(tiny_repository: Path, tmp_p
         assert server.infer("classify", "image", [PHOTO])["scores"].shape == (1, 12)
         server.process.terminate()
         said = server.process.communicate(timeout=60)[1].splitlines()
-    assert [line for line in said if "starting it again" in line] == [said[1]]
+    assert [line for line in said if "starting again" in line] == [said[1]]
     assert "Stub process 'preprocess_0_" in said[1]
 
 
@@ -604,7 +604,7 @@ def test_dead_model_process_ends_the_server(tiny_repository: Path) -> None:
         assert server.process.wait(10) == 1
         assert server.process.stderr is not None
         said = server.process.stderr.read().splitlines()[-1]
-        assert said == f"vit-server: the process of the model 'preprocess' has ended (pid {stub})"
+        assert said == f"vit-server: the process of the model 'preprocess' has exited (pid {stub})"
         assert gone(pids)
         assert not segments(server.process.pid)
 
@@ -631,7 +631,7 @@ def test_one_of_several_processes_dies_while_it_starts(
         "                time.sleep(0.01)",
     )
     said = start_and_fail(models, *FREE_PORTS)
-    assert said == "vit-server: the process of the model 'preprocess' has ended"
+    assert said == "vit-server: the process of the model 'preprocess' has exited"
 
 
 def test_any_folder_name_will_do(tiny_repository: Path, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_flags_that_would_change_them_are_refused(tiny_repository: Path) -> None
     arguments = ["--otlp", "http://localhost:4318", "--", "--trace-config=mode=triton"]
     error = start_and_fail(tiny_repository, *arguments)
     assert error.endswith(
-        "--trace-config cannot be passed on to tritonserver: vit-server sets --trace-config"
+        "--trace-config cannot be passed to tritonserver: vit-server sets --trace-config"
     )
 
 

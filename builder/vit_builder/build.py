@@ -71,13 +71,13 @@ def _calibrate(model: Checkpoint, calibration: Calibration) -> dict[str, Quantis
     """The scales of all layers; those that int8 does not suit are told."""
     say(
         f"Calibrating int8 with {calibration.source}: {_count(calibration.images)}, and "
-        f"{len(calibration.held_apart)} held apart …"
+        f"{len(calibration.held_apart)} held out …"
     )
     if not int8.is_exact():
-        say("This processor has no VNNI: here these weights run in fp32, and so they are compared.")
+        say("This CPU has no VNNI: the int8 weights run, and are compared, in fp32 here.")
     layers = export.quantise(model, calibration.images)
     for name in _unsuited(layers):
-        say(f"{name} stays in fp32: in int8 it would be off by {layers[name].error:.1%}")
+        say(f"{name} stays in fp32: its error in int8 would be {layers[name].error:.1%}")
     return layers
 
 

@@ -80,7 +80,7 @@ def load(path: Path) -> Checkpoint:
     try:
         return _interpret(path.stem, content)
     except CheckpointError as e:
-        raise CheckpointError(f"{path} is not a checkpoint this builder knows: {e}") from None
+        raise CheckpointError(f"{path} is not a checkpoint of this network: {e}") from None
 
 
 def random(config: ViTConfig | None = None) -> Checkpoint:
@@ -133,12 +133,14 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f"{path} holds more than weights (opening it could run code), so it is not opened"
+            f"{path} was not opened: it contains more than weights, and loading it could run code"
         ) from e
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as e:
-        raise CheckpointError(f"{path} is cut short or damaged, or is no checkpoint") from e
+        raise CheckpointError(f"{path} is truncated or damaged, or is not a checkpoint") from e
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a birder checkpoint")
+        raise CheckpointError(
+            f"{path} contains a {type(content).__name__}, not a birder checkpoint"
+        )
     return content
 
 
@@ -150,7 +152,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
             }
             content["state"] = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path} is cut short or damaged: {e}") from e
+        raise CheckpointError(f"{path} is truncated or damaged: {e}") from e
     except json.JSONDecodeError as e:
         raise CheckpointError(f"{path} has metadata that is not JSON: {e}") from e
     return content
@@ -159,7 +161,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
     for key in ("state", "signature", "class_to_idx", "rgb_stats"):
         if not isinstance(content.get(key), Mapping):
-            hint = " (the weights alone are not enough: sizes and labels go with them)"
+            hint = " (the weights alone are not enough: sizes and labels are needed too)"
             raise CheckpointError(f"it has no `{key}`{hint if key == 'state' else ''}")
     if content.get("task", "image_classification") != "image_classification":
         raise CheckpointError(f"it is for {content['task']}, not for image_classification")
@@ -175,7 +177,7 @@ def _interpret(name: str, content: Mapping[str, Any]) -> Checkpoint:
         ) from e
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise CheckpointError(
-            f"its rgb_stats are not three means and three deviations: {mean}, {std}"
+            f"its rgb_stats are not three means and three standard deviations: {mean}, {std}"
         )
     if not num_classes:
         raise CheckpointError(
@@ -195,18 +197,20 @@ def _override(config: ViTConfig, overrides: Mapping[str, Any]) -> ViTConfig:
         raise CheckpointError(f"its config is {overrides!r}, not a table of sizes")
     known = {key: value for key, value in overrides.items() if key not in _TRAINING_ONLY}
     if unknown := sorted(known.keys() - _CONFIG_FIELDS):
-        raise CheckpointError(f"its config asks for {unknown}, which this network does not have")
+        raise CheckpointError(f"its config has {unknown}, which this network does not have")
     if wrong := [k for k, v in known.items() if type(v) is not int or not 0 < v < 2**20]:
-        raise CheckpointError(f"its config has no positive whole number, of sane size, for {wrong}")
+        raise CheckpointError(
+            f"its config has no positive whole number of sensible size for {wrong}"
+        )
     config = replace(config, **known)
     height, width = config.image_size
     if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
         raise CheckpointError(
-            f"its image size {height}x{width} is no multiple of {config.patch_size}"
+            f"its image size {height}x{width} is not a multiple of {config.patch_size}"
         )
     if config.hidden_dim % config.num_heads:
         raise CheckpointError(
-            f"{config.num_heads} heads do not divide {config.hidden_dim} dimensions"
+            f"{config.hidden_dim} dimensions are not divisible by {config.num_heads} heads"
         )
     return config
 
@@ -215,7 +219,7 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise CheckpointError(f"its state has {name!r} for the name of a parameter")
+            raise CheckpointError(f"its state has {name!r} as the name of a parameter")
         name = _WRAPPERS.sub("", name)
         for old, new in _LEGACY_NAMES:
             name = re.sub(old, new, name)
@@ -234,7 +238,7 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
             shapes = f"{list(tensor.shape)}, not {list(expected[name].shape)}"
             raise CheckpointError(f"{name} has the shape {shapes}")
         if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{name} holds numbers that are not finite")
+            raise CheckpointError(f"{name} contains numbers that are not finite")
     return {name: found[name].float().contiguous() for name in expected}
 
 

@@ -15,10 +15,10 @@ from .repository import Settings
 
 UNTRAINED = """
 !! ------------------------------------------------------------------------------------------
-!! The published weights could not be fetched: {reason}
+!! The published weights could not be downloaded: {reason}
 !! Building the full-size network with RANDOM weights instead. Everything works and costs the
-!! same, but the labels mean nothing. `--weights hub` fails instead; `--checkpoint FILE` takes
-!! a file you already have.
+!! same, but the labels mean nothing. To fail instead, use `--weights hub`; to use a file that
+!! you already have, `--checkpoint FILE`.
 !! ------------------------------------------------------------------------------------------
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser = _parser()
     args = parser.parse_args()
     if args.precision == "int8" and args.device == "cuda":
-        parser.error("--precision int8 is for CPUs: a GPU has fp16")
+        parser.error("--precision int8 is for CPUs: on a GPU use fp16")
     if args.calibrate and args.precision != "int8":
         parser.error("--calibrate is for --precision int8 only")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a build is removed
@@ -58,7 +58,7 @@ def _weights(args: argparse.Namespace) -> tuple[Checkpoint, str]:
         say(f"Loading {args.checkpoint} …")
         return checkpoint.load(args.checkpoint), hub.file_sha256(args.checkpoint)
     if args.weights != "random":
-        say(f"Getting the published weights of {hub.NAME} …")
+        say(f"Fetching the published weights of {hub.NAME} …")
         try:
             return hub.published()
         except hub.HubUnreachable as e:
@@ -77,7 +77,7 @@ def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
         precision = "fp16" if device == "cuda" else "bf16" if _bf16_is_faster() else "fp32"
     classes = model.config.num_classes
     if args.top_k and args.top_k > classes:
-        raise checkpoint.CheckpointError(f"--top-k {args.top_k} is over the {classes} classes")
+        raise checkpoint.CheckpointError(f"--top-k {args.top_k} is more than the {classes} classes")
     # Larger batches cost latency: a CPU gains nothing over 16 (measured); a GPU should be busy at
     # 64 (assumed).
     max_batch_size = args.max_batch_size or (64 if device == "cuda" else 16)
@@ -130,13 +130,15 @@ def positive(text: str) -> int:
 
 def _batch_size(text: str) -> int:
     if (number := positive(text)) > 1024:
-        raise argparse.ArgumentTypeError(f"{text} is over 1024: no GPU is faster with more")
+        raise argparse.ArgumentTypeError(
+            f"{text} is more than 1024: no GPU is faster with larger batches"
+        )
     return number
 
 
 def _request_bytes(text: str) -> int:
     if (number := positive(text)) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is over the 2 GB that gRPC can carry")
+        raise argparse.ArgumentTypeError(f"{text} is more than gRPC can carry (2 GB)")
     return number
 
 
@@ -144,12 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vit-builder",
         description="Trace a birder ViT to TorchScript and write a complete Triton model "
-        "repository around it. The result is compared with the fp32 network on photos before it "
-        "takes the place of what was there.",
+        "repository.\n\n"
+        "The result is compared with the fp32 network on photos before it replaces a previous\n"
+        "repository, so a failed build changes nothing.",
         epilog="examples:\n"
         "  vit-builder                                # published weights, for this machine\n"
         "  vit-builder --checkpoint my.safetensors    # your own fine-tuned checkpoint\n"
-        "  vit-builder --device cuda                  # settings for a GPU that is elsewhere\n",
+        "  vit-builder --device cuda                  # for a GPU on another machine\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -159,87 +162,88 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="birder's .pt or .safetensors; sizes, classes and labels are taken from it",
+        help="build from this birder checkpoint, .pt or .safetensors; it also defines the sizes, "
+        "classes and labels",
     )
     source.add_argument(
         "--weights",
         choices=["auto", "hub", "random"],
         default="auto",
-        help="hub: the published weights from the Hugging Face hub; random: untrained, for tests "
-        "of the plumbing; auto (default): hub, and random with a warning where it can't be reached",
+        help="hub: the published weights from the Hugging Face hub; random: untrained, to test a "
+        "deployment; auto (default): hub, or random with a warning if the hub cannot be reached",
     )
     add(
         "--output",
         type=Path,
         default=Path("models"),
         metavar="DIR",
-        help="the repository to write, or to replace (default: models)",
+        help="the model repository to create or replace (default: models)",
     )
     add(
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="where it will be served: chooses the layers that are fast there, and the defaults "
-        "below (default: auto, cuda where this machine has it). What is built for cuda is served "
-        "on a GPU only",
+        help="device to build for: selects the layers that are fast there, and the defaults below. "
+        "A repository built for cuda is served on GPUs only (default: auto, which is cuda if this "
+        "machine has it)",
     )
     add(
         "--precision",
         choices=["auto", *export.DTYPES],
         default="auto",
-        help="auto (default): fp16 for cuda; for the CPU bf16 where this one is faster in it, as "
-        "measured, else fp32. int8 is for CPUs with VNNI (Intel since 2019, AMD since Zen 4), "
-        "is the fastest there, and rounds the most: see --calibrate",
+        help="auto (default): fp16 for cuda; for a CPU bf16 if this CPU is faster with it "
+        "(measured), else fp32. int8 is for CPUs with VNNI (Intel since 2019, AMD since Zen 4): "
+        "the fastest there, and the least exact; see --calibrate",
     )
     add(
         "--calibrate",
         type=Path,
         metavar="FOLDER",
-        help="images of the kind that will be asked about, a dozen or more, to find int8's scales "
-        "with; one in four is held apart to tell the error (default: three photos that ship with "
-        "this)",
+        help="a dozen or more images of the kind that clients will send, to choose int8's scales; "
+        "one in four is held out to measure the error (default: three photos that ship with "
+        "vit-builder)",
     )
     add(
         "--neck-precision",
         choices=["fp32", "fp16"],
         default="fp32",
-        help="of what `features` sends: fp16 is half the bytes (262 kB an image instead of 524 kB) "
-        "and rounds to 11 bits; vit-client gives float32 in any case (default: fp32)",
+        help="precision in which `features` is sent: fp16 halves the bytes (262 kB per image, not "
+        "524 kB) and rounds to 11 bits; vit-client returns float32 in any case (default: fp32)",
     )
     add(
         "--fast-jpeg",
         action="store_true",
-        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, a 2-megapixel one in half "
-        "the time. The pixels are then no longer exactly those the network was trained on: off by "
-        "less than one level of 256 in the mean, by up to 40 at edges (default: exact)",
+        help="decode large JPEGs at 1/2, 1/4 or 1/8 of their size, which halves the time for 2 "
+        "megapixels. The pixels then differ from those that the network was trained on: by less "
+        "than one level of 256 on average, by up to 40 at edges (default: exact)",
     )
     add(
         "--max-batch-size",
         type=_batch_size,
         metavar="N",
-        help="most images in one batch (default: 16 for the CPU, 64 for cuda)",
+        help="maximum number of images in one batch (default: 16 for cpu, 64 for cuda)",
     )
     add(
         "--max-image-pixels",
         type=positive,
         default=Settings.max_image_pixels,
         metavar="N",
-        help="larger images are refused unseen. Decoding takes up to 16 bytes of memory a "
-        "pixel, in each of two processes, which decode no more than these at once "
-        "(default: %(default)s, a phone's 108 megapixels and more)",
+        help="reject larger images without decoding them. Decoding takes up to 16 bytes of memory "
+        "per pixel, and each of two processes decodes up to this many pixels at once "
+        "(default: %(default)s, enough for a phone's 108 megapixels)",
     )
     add(
         "--max-request-bytes",
         type=_request_bytes,
         default=Settings.max_request_bytes,
         metavar="N",
-        help="larger files, and larger requests over HTTP, are refused (default: %(default)s, "
-        "64 MiB)",
+        help="reject larger image files, and larger requests over HTTP (default: %(default)s, "
+        "which is 64 MiB)",
     )
     add(
         "--top-k",
         type=positive,
         metavar="K",
-        help="classes that `classify` returns (default: 100, or all where there are fewer)",
+        help="number of classes that `classify` returns (default: 100, or all if there are fewer)",
     )
     return parser

@@ -47,7 +47,8 @@ def published() -> tuple[Checkpoint, str]:
         sha256 = file_sha256(downloaded)
         if sha256 not in SHA256:
             raise HubError(
-                f"{REPO}/{downloaded.name} has the SHA-256 {sha256}, which is not a published one: "
+                f"{REPO}/{downloaded.name} has the SHA-256 {sha256}, which is not one of those "
+                "published: "
                 f"{' or '.join(SHA256)}"
             )
         loaded = checkpoint.load(downloaded)

@@ -71,8 +71,8 @@ def images(folder: Path) -> list[Path]:
     if len(files) < 2:
         found = "one image" if files else "no images"
         raise CalibrationError(
-            f"--calibrate {folder}: {found}. It takes at least two: one in {HELD_APART} is held "
-            "apart, to see what the rest are worth"
+            f"--calibrate {folder}: {found}. At least two are needed: one in {HELD_APART} is "
+            "held out to measure the error"
         )
     return files
 

@@ -45,7 +45,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.precision == "int8" and self.device != "cpu":
-            raise ValueError("int8 is for CPUs: a GPU has fp16")
+            raise ValueError("int8 is for CPUs: on a GPU use fp16")
 
 
 def fill(
@@ -147,12 +147,12 @@ def check_output(output: Path) -> None:
     """Raise RepositoryError where `output` can be neither made nor replaced."""
     if os.path.ismount(output):
         raise RepositoryError(
-            f"{output} is a mount point, which can't be replaced: name a folder in it"
+            f"{output} is a mount point, which cannot be replaced: choose a folder inside it"
         )
     if not output.exists() or (output / REPORT).is_file():
         return
     if not output.is_dir() or any(output.iterdir()):
-        raise RepositoryError(f"{output} exists and is not a repository that vit-builder wrote")
+        raise RepositoryError(f"{output} exists, but vit-builder did not write it")
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def _exchange(a: Path, b: Path) -> None:
         code = ctypes.get_errno()
         if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise RepositoryError(
-                f"{b} exists, and its file system cannot replace a folder in one step "
-                "(NFS cannot): name another folder"
+                f"{b} exists, and its file system (NFS, for example) cannot replace a folder "
+                "in one step: choose another folder"
             )
         raise OSError(code, os.strerror(code))

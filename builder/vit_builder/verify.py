@@ -89,15 +89,15 @@ def check(agreement: Agreement, limits: Agreement, precision: str) -> None:
     hint = ""
     if precision == "int8":
         hint = (
-            ". Calibrate with more images of the kind it will be asked about (--calibrate FOLDER), "
+            ". Calibrate with more images of the kind that clients will send (--calibrate FOLDER), "
             "or use fp32 or bf16"
         )
     for name, value in asdict(agreement).items():
         # Written so that a NaN fails too.
         if not (value <= bounds[name] if name.endswith("diff") else value >= bounds[name]):
             raise VerificationError(
-                f"the traced {precision} model differs from the network: {name} is {value:.6g}, "
-                f"the limit is {bounds[name]:.6g}{hint}"
+                f"the traced {precision} model differs from the fp32 network: {name} is "
+                f"{value:.6g}, the limit is {bounds[name]:.6g}{hint}"
             )
 
 

@@ -41,13 +41,13 @@ def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[st
         except probe.Stalled as e:
             if not tries_left or memory.told():
                 raise
-            say(f"vit-server: {e}; starting it again")
+            say(f"vit-server: {e}; starting again")
             tries_left -= 1
         except Crashed as e:
             if memory.told():
                 raise
             # A warm-up that fails ends Triton without a reason (139, or 134), most of the time.
-            say(f"vit-server: {e}; trying it without warm-up, to learn more")
+            say(f"vit-server: {e}; starting it once more without warm-up, to find the reason")
             serve(found, args, flags, warm_up=False)
             raise
 
@@ -110,7 +110,7 @@ def serve(
             opened.close()  # its connections take the files that the rest needs
             process.close()
     if not process.stopping:
-        say(f"vit-server: tritonserver has ended, exit code {code}{memory.told()}")
+        say(f"vit-server: tritonserver exited with code {code}{memory.told()}")
     return code
 
 
@@ -119,10 +119,10 @@ def _run(process: TritonProcess, ports: Ports, models: Path) -> int:
     process.watch(models)
     if not process.stopping:
         return process.stop()
-    say("Stopping: what was accepted is answered first. Ctrl-C again ends it at once.")
+    say("Stopping: completing accepted requests first. Ctrl-C again stops at once.")
     drained = probe.drain(process, ports, models)
     if not drained and not process.hurried:
-        say(f"vit-server: not all was answered within {probe.DRAIN_SECONDS} s")
+        say(f"vit-server: some requests were not completed within {probe.DRAIN_SECONDS} s")
     return process.stop() or int(not drained)
 
 
@@ -130,7 +130,7 @@ def _admin_key() -> str:
     """What opens the closed calls, without the newline that files and Secrets end in."""
     key = os.environ.get("VIT_ADMIN_KEY", "").strip()
     if not re.fullmatch(r"[!-~]*", key):  # what a header may have; it is told to nobody
-        raise ServerError("VIT_ADMIN_KEY must be of visible ASCII characters, without spaces")
+        raise ServerError("VIT_ADMIN_KEY must consist of visible ASCII characters, without spaces")
     return key
 
 
@@ -153,8 +153,8 @@ def _tell(ports: Ports, tls: Tls | None, args: argparse.Namespace) -> None:
 
 
 def _traced(url: str, rate: int | None) -> str:
-    others = {0: "no other", 1: "all others"}.get(rate or 0, f"one in {rate} others")
-    who = f"requests that bring a trace of their own, and {others}"
+    others = {0: "no others", 1: "all others"}.get(rate or 0, f"1 in {rate} of the others")
+    who = f"requests that come with a trace, and {others}"
     return f"traces   to {tracing.told(url)}: {who}"
 
 
@@ -210,5 +210,5 @@ def _listen(host: str, name: str, port: int) -> socket.socket:
     except OSError as e:
         listening.close()
         reason = f"cannot listen on {host} port {port}: {e.strerror}"
-        raise ServerError(f"{reason}; choose with --host and --{name}-port") from e
+        raise ServerError(f"{reason}; choose another with --host or --{name}-port") from e
     return listening

@@ -39,14 +39,14 @@ def _count() -> int:
     number, reason = ctypes.c_int(), ctypes.c_char_p()
     if code := cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number)):
         cuda.cuGetErrorString(code, ctypes.byref(reason))
-        raise _none(f"CUDA says: {(reason.value or b'').decode() or f'error {code}'}")
+        raise _none(f"CUDA reports: {(reason.value or b'').decode() or f'error {code}'}")
     if not number.value:
-        raise _none("CUDA sees none")
+        raise _none("CUDA finds none")
     return number.value
 
 
 def _none(reason: str) -> ServerError:
     return ServerError(
-        f"the model repository is built for a GPU, but {reason}; for a CPU build it with "
-        "vit-builder --device cpu"
+        f"the model repository was built for a GPU, but {reason}; to serve it on a CPU, build it "
+        "with vit-builder --device cpu"
     )

@@ -139,7 +139,7 @@ class HttpFront:
         if (request.content_length or 0) > self._max:
             return self._too_large()
         if not request.raw_path.startswith("/"):  # a whole URL, as proxies are asked
-            return _error(400, "this is no proxy")
+            return _error(400, "this server is not a proxy")
         body: list[bytes] = []
         self._idle_since[request.protocol] = math.inf
         try:
@@ -148,9 +148,9 @@ class HttpFront:
                 return refusal
             text = _json(body, request.headers)
             if text.count(b":") > MAX_MEMBERS:
-                return _error(400, f"JSON of more than {MAX_MEMBERS} members")
+                return _error(400, f"the JSON has more than {MAX_MEMBERS} members")
             if nesting(text) > MAX_NESTING:
-                return _error(400, f"JSON that is nested more than {MAX_NESTING} deep")
+                return _error(400, f"the JSON is nested more than {MAX_NESTING} levels deep")
             return await self._pass_on(port, request, body)
         except web.RequestPayloadError as e:
             return _error(400, f"the body cannot be read: {e}")
@@ -201,15 +201,17 @@ class HttpFront:
             ) as answer:
                 content = await answer.read()
         except ClientConnectionError:
-            return _error(503, "tritonserver does not answer: it starts, stops or has failed")
+            return _error(
+                503, "tritonserver does not answer: it is starting, stopping or has failed"
+            )
         except ClientError as e:
-            return _error(502, f"tritonserver's answer cannot be read: {e}")
+            return _error(502, f"tritonserver's response cannot be read: {e}")
         headers = _passing(answer.headers)
         headers["Server"] = "vit-server"
         return web.Response(body=content, status=answer.status, headers=headers)
 
     def _too_large(self) -> web.StreamResponse:
-        return _error(413, f"a request may have {self._max} bytes, uncompressed")
+        return _error(413, f"the request is larger than {self._max} bytes (uncompressed)")
 
 
 def _json(body: list[bytes], headers: CIMultiDictProxy[str]) -> bytes:

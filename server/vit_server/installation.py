@@ -53,8 +53,8 @@ def _nvidia(root: Path) -> Installation:
     for path in (binary, backends / "python", backends / "pytorch"):
         if not path.exists():
             raise ServerError(
-                f"{root} has no {path.relative_to(root)}: it takes a tritonserver with the "
-                "backends python and pytorch, as in NVIDIA's container images"
+                f"{root} has no {path.relative_to(root)}: a tritonserver with the backends "
+                "python and pytorch is needed, as in NVIDIA's container images"
             )
     python = backends / "python"
     return Installation(binary, python, backends, python / STUB, libraries=None)
@@ -64,9 +64,9 @@ def _embedded() -> Installation:
     spec = find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(
-            f"no tritonserver: neither in {NVIDIA}, as in NVIDIA's container images, nor in a "
-            "wheel, which `pip install 'vit-server[embedded]'` brings for Python 3.10 to 3.12; "
-            "--tritonserver DIR names another"
+            f"no tritonserver found, neither in {NVIDIA} (NVIDIA's container images) nor as a "
+            "wheel: install that with `pip install 'vit-server[embedded]'` (Python 3.10 to 3.12), "
+            "or name another one with --tritonserver DIR"
         )
     package = Path(spec.origin).parent
     root = package / "tritonserver"
@@ -77,7 +77,7 @@ def _embedded() -> Installation:
     for path in (binary, python_backend, stub, libraries):
         if not path.exists():
             raise ServerError(
-                f"nvidia-pytriton has no {path}: is it 0.7.0, on Python 3.10 to 3.12?"
+                f"nvidia-pytriton has no {path}: version 0.7.0 is needed, on Python 3.10 to 3.12"
             )
     if not _has_libpython():
         raise ServerError(
@@ -97,7 +97,7 @@ def prepare(installation: Installation, folder: Path) -> Path:
         return installation.backends
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise ServerError(
-            f"{folder.parent} is mounted noexec, and Triton's backends are executed from there: "
+            f"{folder.parent} is mounted noexec, but Triton's backends must be executable there: "
             "set TMPDIR to another folder, or mount it with exec (docker run --tmpfs /tmp:exec)"
         )
     backends = folder / "backends"
@@ -107,8 +107,8 @@ def prepare(installation: Installation, folder: Path) -> Path:
         shutil.copytree(OUR_BACKENDS / "pytorch", backends / "pytorch")
     except OSError as e:
         raise ServerError(
-            f"{folder.parent} cannot be written: {reason(e)}; it takes a copy of the model "
-            "repository and 4 MB more: set TMPDIR to another folder"
+            f"{folder.parent} cannot be written: {reason(e)}; it needs room for a copy of the "
+            "model repository and 4 MB more: set TMPDIR to another folder"
         ) from e
     return backends
 
@@ -170,7 +170,7 @@ def threads(env: dict[str, str]) -> int:
     counts = [count.strip() for count in text.split(",")]
     if not all(count.isdecimal() and 0 < int(count) < 2**16 for count in counts):
         raise ServerError(
-            f"OMP_NUM_THREADS={text} is neither a number of threads nor a list of such"
+            f"OMP_NUM_THREADS={text} is neither a number of threads nor a list of them"
         )
     return int(counts[0])
 

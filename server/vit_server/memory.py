@@ -52,4 +52,4 @@ def told() -> str:
     if not (kills := oom_kills() - _before):
         return ""
     processes = "a process" if kills == 1 else f"{kills} processes"
-    return f"; the memory limit was reached: the kernel killed {processes} for it"
+    return f"; the memory limit was reached: the kernel killed {processes}"

@@ -11,40 +11,65 @@ from . import __version__, tracing
 def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """`words` as options, and the flags for tritonserver after `--`.
 
-    Exits, with a message, where they are wrong or ask for help.
+    Exits with a message if they are wrong or ask for help.
     """
     cut = words.index("--") if "--" in words else len(words)
     flags = words[cut + 1 :]
     options = _parser(serves="--help" not in flags)
-    # Their options have no defaults, which help would show.
-    unsaid = argparse.Namespace(tritonserver=None, otlp=None, trace_rate=None)
-    args = options.parse_args(words[:cut], unsaid)
+    args = options.parse_args(words[:cut])
     if bool(args.tls_certificate) != bool(args.tls_key) or (
         args.tls_client_ca and not args.tls_key
     ):
         options.error("TLS needs both --tls-certificate and --tls-key")
-    # An empty --otlp turns traces off, whatever is said of them beside it.
+    # An empty --otlp turns traces off, whatever the rate.
     if args.trace_rate is not None and args.otlp is None:
-        options.error("--trace-rate needs --otlp, which says where the traces go")
+        options.error("--trace-rate needs --otlp, the address to send traces to")
     return args, flags
+
+
+_DESCRIPTION = """\
+Serve a model repository with the real tritonserver, in the foreground.
+
+A repository that was built for a GPU is served on GPUs only. Prints "Ready" when every model has
+answered a request. Ctrl-C or SIGTERM starts a graceful shutdown: requests that were
+accepted are completed first. A second one stops the server at once.
+"""
+_EPILOG = """\
+examples:
+  vit-server --model-repository models                     # on loopback, default ports
+  vit-server --model-repository models --host 0.0.0.0 \\
+      --tls-certificate server.pem --tls-key server.key    # for other machines, with TLS
+  vit-server --model-repository models --grpc-port 0 --http-port 0 --metrics-port 0
+  vit-server --model-repository models --otlp http://localhost:4318 --trace-rate 100
+  vit-server --model-repository models -- --log-verbose=1  # a flag of tritonserver's
+  vit-server -- --help                                     # lists tritonserver's flags
+
+environment:
+  OMP_NUM_THREADS  number of cores to use (default: all that this process may use); the
+                   number of processes that decode images follows from it
+  VIT_ADMIN_KEY    opens the closed calls (shared memory, model repository, trace,
+                   logging) to clients that send this key: over HTTP in the header
+                   vit-admin-key, over gRPC in triton-grpc-protocol-vit-admin-key
+  OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_HEADERS
+                   see "traces" above
+
+exit codes:
+  0    stopped as requested, and every accepted request was completed
+  1    could not start, a model's process exited, or not every accepted request was
+       completed in time
+  2    wrong arguments
+  130  stopped at once, by a second signal
+  Any other code is tritonserver's own.
+"""
 
 
 def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="vit-server",
         usage="%(prog)s --model-repository DIR [options] [-- --triton-flag …]",
-        description="Serve a model repository with the real tritonserver, in the foreground, until "
-        "Ctrl-C or SIGTERM, which let what was accepted be answered (a second one does not). Takes "
-        "the GPU where there is one. Exit codes: 0 stopped as asked; 1 it could not start, a "
-        "model's process has ended, or not all was answered; 130 stopped at once; else "
-        "tritonserver's.",
-        epilog="What follows -- goes to tritonserver as it is (vit-server -- --help lists its "
-        "flags). In the environment: OMP_NUM_THREADS, the cores to use, else all that this "
-        "process may use (how many processes decode images follows from them); VIT_ADMIN_KEY, "
-        "which opens the calls that are closed (shared memory, model repository, trace, logging) "
-        "to those who send it as the header vit-admin-key over HTTP, or "
-        "triton-grpc-protocol-vit-admin-key over gRPC.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
     add("--version", action="version", version=f"vit-server {__version__}")
@@ -53,84 +78,91 @@ def _parser(*, serves: bool = True) -> argparse.ArgumentParser:
         type=Path,
         required=serves,
         metavar="DIR",
-        help="what vit-builder wrote",
-        default=argparse.SUPPRESS,
+        help="the model repository to serve, written by vit-builder (required)",
     )
     add(
         "--tritonserver",
         type=Path,
         metavar="DIR",
-        help="take the tritonserver in there, with its backends python and pytorch; without this "
-        "NVIDIA's, in /opt/tritonserver, or the one of the extra vit-server[embedded]",
-        default=argparse.SUPPRESS,
+        help="use the tritonserver installed in this folder, which must have the backends python "
+        "and pytorch (default: NVIDIA's in /opt/tritonserver, else the one that "
+        "vit-server[embedded] installs)",
     )
     add(
         "--host",
         type=_address,
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on. Without TLS there is no encryption and no login: keep it on "
-        "loopback",
+        help="IP address to listen on; 0.0.0.0 for all interfaces. Without TLS nothing is "
+        "encrypted, and there is no login: stay on loopback (default: %(default)s)",
     )
     add(
         "--grpc-port",
         type=_port,
         default=8001,
         metavar="PORT",
-        help="what vit-client talks to; 0 takes a free one, for each of the three",
+        help="port for gRPC, which vit-client uses; 0 picks a free one, as for the next two "
+        "(default: %(default)s)",
     )
-    add("--http-port", type=_port, default=8000, metavar="PORT", help="the same calls over HTTP")
+    add(
+        "--http-port",
+        type=_port,
+        default=8000,
+        metavar="PORT",
+        help="port for the same calls over HTTP (default: %(default)s)",
+    )
     add(
         "--metrics-port",
         type=_port,
         default=8002,
         metavar="PORT",
-        help="for Prometheus, at --host and always without encryption",
+        help="port for Prometheus metrics, on --host and never encrypted (default: %(default)s)",
     )
     add(
         "--grpc-max-connection-age",
         type=_seconds,
         default=30,
         metavar="SECONDS",
-        help="then a client is asked to connect anew, which costs it no request. It looks its name "
-        "up again, and so finds servers that were added",
+        help="ask clients to reconnect after this time. They resolve the server's name again, and "
+        "so find servers that were added; no request is lost (default: %(default)s)",
     )
+    add("--verbose", action="store_true", help="show tritonserver's own log, also during startup")
     tls = options.add_argument_group(
-        "TLS for gRPC (HTTP has none, and then stays on loopback; metrics do not)"
+        "TLS for gRPC",
+        "HTTP has no TLS: with these options it listens on loopback only. Metrics stay on --host.",
     )
-    tls.add_argument("--tls-certificate", type=Path, metavar="FILE", help="the server's, as PEM")
-    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key, as PEM")
+    tls.add_argument(
+        "--tls-certificate", type=Path, metavar="FILE", help="the server's certificate (PEM)"
+    )
+    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key (PEM)")
     tls.add_argument(
         "--tls-client-ca",
         type=Path,
         metavar="FILE",
-        help="mutual TLS: clients must have a certificate that one of these has signed",
+        help="mutual TLS: accept only clients with a certificate signed by one of these CAs (PEM)",
     )
     traces = options.add_argument_group(
-        "traces, by OpenTelemetry",
-        "A caller's trace, which it sends as `traceparent`, goes on in the server: a span of the "
-        "request, and below it one of each model (docker/README.md has what Triton gets wrong). "
-        "OTEL_SERVICE_NAME names the service, OTEL_RESOURCE_ATTRIBUTES tells more about it, and "
-        "OTEL_EXPORTER_OTLP_HEADERS is sent to the collector.",
+        "traces (OpenTelemetry)",
+        "If a client sends its trace as `traceparent`, the server adds a span for the\n"
+        "request, and below it one for each model. OTEL_SERVICE_NAME sets the service's name,\n"
+        "OTEL_RESOURCE_ATTRIBUTES further attributes, and OTEL_EXPORTER_OTLP_HEADERS headers\n"
+        "for the collector. docker/README.md lists known problems of Triton's tracing.",
     )
     traces.add_argument(
         "--otlp",
         type=_collector,
         metavar="URL",
-        help="send them there, over HTTP: a collector's address, such as http://localhost:4318 "
-        "(/v1/traces is added). Without it, or if it is empty, nothing is traced. A collector that "
-        "is away costs traces, and no requests",
-        default=argparse.SUPPRESS,
+        help="send traces to this collector, over HTTP, such as http://localhost:4318 (/v1/traces "
+        "is appended). If it is down, traces are lost but no requests (default, or if empty: "
+        "no tracing)",
     )
     traces.add_argument(
         "--trace-rate",
         type=_rate,
         metavar="N",
-        help="of the requests that bring no trace, start one for one in N; 1 traces them all. "
-        "Without it, or with 0, none of them",
-        default=argparse.SUPPRESS,
+        help="also trace one in N of the requests that have no trace; 1 traces them all (default, "
+        "or 0: none)",
     )
-    add("--verbose", action="store_true", help="show tritonserver's own log, also while it starts")
     return options
 
 

@@ -127,8 +127,8 @@ def _infer(ports: Ports, ensemble: str, output: str, images: int = 1) -> None:
     except urllib.error.HTTPError as e:
         reason = json.loads(e.read())["error"]
         kind = Stalled if _STALLED.search(reason) else ServerError
-        raise kind(f"{ensemble} is loaded but does not answer: {reason}") from e
+        raise kind(f"{ensemble} is loaded but its requests fail: {reason}") from e
     except OSError as e:
-        raise ServerError(f"{ensemble} is loaded but does not answer: {e}") from e
+        raise ServerError(f"{ensemble} is loaded but its requests fail: {e}") from e
     if not np.isfinite(numbers).all():
-        raise ServerError(f"{ensemble} answers with numbers that are not finite")
+        raise ServerError(f"{ensemble} returns numbers that are not finite")

@@ -135,7 +135,7 @@ class TritonProcess:
         running = Counter(self._stubs.values())
         for model, count in self._python_models.items():
             if running[model] < count:
-                raise ServerError(f"the process of the model '{model}' has ended")
+                raise ServerError(f"the process of the model '{model}' has exited")
 
     def failure(self) -> ServerError:
         """Why it went away while it loaded the models, from its log."""
@@ -150,10 +150,10 @@ class TritonProcess:
                 )
         log = [line for line in log if line.strip() and not _NOISE.search(line)]
         errors = [line for line in log if re.match(r"E\d{4} ", line)]
-        reason = _clean((errors or log or ["it said nothing"])[-1]).partition(r"\n")[0]
+        reason = _clean((errors or log or ["it logged no reason"])[-1]).partition(r"\n")[0]
         code = self.stop()
         kind = Crashed if code > 128 and code != 128 + signal.SIGKILL else ServerError
-        return kind(f"tritonserver ended with exit code {code}: {reason}")
+        return kind(f"tritonserver exited with code {code}: {reason}")
 
     def watch(self, models: Path) -> None:
         """Return when it was told to stop, or has ended.
@@ -170,7 +170,7 @@ class TritonProcess:
             dead = [pid for pid in self._stubs if not _alive(pid)]
             if dead and not self.stopping and not self.exited():
                 model = self._stubs[dead[0]]
-                raise ServerError(f"the process of the model '{model}' has ended (pid {dead[0]})")
+                raise ServerError(f"the process of the model '{model}' has exited (pid {dead[0]})")
             if not models.is_dir():
                 raise ServerError(f"the server's own folder was removed: {models}")
 

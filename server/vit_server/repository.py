@@ -43,7 +43,7 @@ def check(repository: Path) -> None:
 
 def _check(repository: Path) -> None:
     if not repository.is_dir():
-        raise ServerError(f"no such model repository: {repository} (vit-builder writes one)")
+        raise ServerError(f"no such model repository: {repository} (create it with vit-builder)")
     missing = [] if (repository / REPORT).is_file() else [REPORT]
     built = [REPORT]
     if not missing:
@@ -56,7 +56,9 @@ def _check(repository: Path) -> None:
         missing += [name for name in folders if not (repository / name).is_dir()]
     if missing:
         hint = (
-            "vit-builder fills it in" if missing[0] in built else "build it again with vit-builder"
+            "run vit-builder to create it"
+            if missing[0] in built
+            else "build it again with vit-builder"
         )
         what = f"no {missing[0]}; {hint}"
         raise ServerError(f"{repository} is not a complete model repository: {what}")
@@ -193,7 +195,7 @@ def _report(repository: Path, copy: Path) -> Any:
         complete = False
     if not complete:
         raise ServerError(
-            f"{repository}/{REPORT} does not say what was built: build it again with vit-builder"
+            f"{repository}/{REPORT} is damaged or incomplete: build it again with vit-builder"
         )
     return report
 
@@ -202,8 +204,8 @@ def _check_digests(repository: Path, copy: Path) -> None:
     for name, digest in _report(repository, copy)["sha256"].items():
         if _sha256(copy / name) != digest:
             raise ServerError(
-                f"{repository}/{name} is not the file that was built: it is damaged, or from "
-                "another build"
+                f"{repository}/{name} is not the file that vit-builder wrote: it is "
+                "damaged, or from another build"
             )
 
 

@@ -9,8 +9,8 @@ PATH = "/v1/traces"  # of a collector
 SERVICE = "vit-server"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
 CRASH = (
-    "this tritonserver (2.51) may end itself, with exit code 139, after some thousand requests "
-    "that it traces; NVIDIA's does not, from 25.04 on"
+    "this tritonserver (2.51) may crash (exit code 139) after some thousands of traced requests; "
+    "NVIDIA's images from 25.04 on do not"
 )
 
 

@@ -98,7 +98,7 @@ def command(
         # getopt takes what a flag begins with for that flag.
         if full := [flag for flag in taken if flag.startswith(name) and len(name) > len("--")]:
             raise ServerError(
-                f"{name} cannot be passed on to tritonserver: vit-server sets {min(full, key=len)}"
+                f"{name} cannot be passed to tritonserver: vit-server sets {min(full, key=len)}"
             )
     return [str(binary), *ours, *settings, *further]
 

@@ -61,8 +61,8 @@ def workspace() -> Iterator[Workspace]:
 def _temporary() -> Path:
     if not os.access(_TMP, os.W_OK):
         raise ServerError(
-            f"{_TMP} cannot be written, and Triton's Python backend makes a folder there, whatever "
-            f"TMPDIR says: mount one (docker run --tmpfs {_TMP}:exec)"
+            f"{_TMP} cannot be written, and Triton's Python backend creates a folder there, "
+            f"whatever TMPDIR says: mount one (docker run --tmpfs {_TMP}:exec)"
         )
     temporary = Path(tempfile.gettempdir())
     # Triton hands the path to a shell, unquoted, and to Python as ASCII.

@@ -222,7 +222,7 @@ def test_flags_are_passed_on(tiny_repository: Path) -> None:
         assert "Found 0 live models" in server.process.communicate()[1]
 
 
-OURS = "cannot be passed on to tritonserver: vit-server sets"
+OURS = "cannot be passed to tritonserver: vit-server sets"
 HELP = "vit-server -- --help lists its flags"
 
 
@@ -239,9 +239,9 @@ HELP = "vit-server -- --help lists its flags"
         ("--log-info", f"tritonserver: option '--log-info' requires an argument; {HELP}"),
         (
             "--buffer-manager-thread-count=many",
-            "tritonserver ended with exit code 1: Invalid option value. Got many",
+            "tritonserver exited with code 1: Invalid option value. Got many",
         ),
-        ("what", "tritonserver ended with exit code 1: Unexpected argument: what"),
+        ("what", "tritonserver exited with code 1: Unexpected argument: what"),
     ],
 )
 def test_flags_that_are_not(tiny_repository: Path, flag: str, sentence: str) -> None:
@@ -259,14 +259,15 @@ def test_key_that_no_header_can_have(
 ) -> None:
     monkeypatch.setenv("VIT_ADMIN_KEY", key)
     said = start_and_fail(tiny_repository, *FREE_PORTS)
-    assert said == "vit-server: VIT_ADMIN_KEY must be of visible ASCII characters, without spaces"
+    sentence = "VIT_ADMIN_KEY must consist of visible ASCII characters, without spaces"
+    assert said == f"vit-server: {sentence}"
 
 
 def test_an_incomplete_tritonserver(tiny_repository: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     for missing in ("bin/tritonserver", "backends/python", "backends/pytorch"):
         said = start_and_fail(tiny_repository, "--tritonserver", str(tmp_path))
-        assert said.startswith(f"vit-server: {tmp_path} has no {missing}: it takes ")
+        assert said.startswith(f"vit-server: {tmp_path} has no {missing}: a tritonserver ")
         (tmp_path / missing).mkdir(parents=True)
 
 

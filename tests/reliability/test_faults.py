@@ -116,9 +116,9 @@ def test_a_killed_process(tiny_repository: Path, known: Known, victim: str) -> N
         assert server.process.stderr is not None
         said = server.process.stderr.read().splitlines()[-1]
         if victim in MODELS:
-            assert said == f"vit-server: the process of the model '{victim}' has ended (pid {pid})"
+            assert said == f"vit-server: the process of the model '{victim}' has exited (pid {pid})"
         if victim == "tritonserver":
-            assert said == "vit-server: tritonserver has ended, exit code 137"
+            assert said == "vit-server: tritonserver exited with code 137"
         assert gone(pids, seconds=45)
         if victim != "vit-server":
             assert not segments(main)
@@ -136,7 +136,7 @@ def test_a_crash_that_hangs(tiny_repository: Path) -> None:
                 break
         assert server.process.wait(20) == 137
         said = server.process.stderr.read().splitlines()[-1]
-        assert said == "vit-server: tritonserver has ended, exit code 137"
+        assert said == "vit-server: tritonserver exited with code 137"
         assert gone(pids, seconds=45)
         assert not segments(server.process.pid)
 
@@ -185,7 +185,7 @@ def test_damaged_files_are_not_served(
     assert result.stdout == ""
     name = "/model.pt" if "model" in damage.__name__ else "/labels.txt"
     assert name in result.stderr
-    assert "is not the file that was built" in result.stderr or "no postprocess" in result.stderr
+    assert "is not the file that vit-builder" in result.stderr or "no postprocess" in result.stderr
 
 
 def test_damage_while_it_serves_changes_no_answer(tiny_repository: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_bad_new_version_leaves_the_old_one(
     command = [BIN / "vit-builder", "--checkpoint", bad, "--output", repository]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
-    assert "cut short or damaged" in result.stderr
+    assert "truncated or damaged" in result.stderr
     command = [BIN / "vit-builder", "--checkpoint", GOLDENS / "tiny.pt", "--output", repository]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as builder:
         for line in builder.stderr or ():
