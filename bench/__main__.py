@@ -95,7 +95,7 @@ def main() -> int:
     """Entry point; the exit code."""
     args = _parser().parse_args()
     if not args.python.is_file():
-        print(f"bench: no {args.python}: a venv with bench/peers/requirements.txt", file=sys.stderr)
+        print(f"bench: no {args.python}: `make bench` creates it", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = HERE / "results" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
@@ -187,8 +187,8 @@ def _intervals(bench: Bench, rate: float) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Compare the served `embed` with what this machine can do at best, with the "
-        "eager network, and with other servers. Needs a machine that does nothing else.",
+        description="Compare the served `embed` with the best that this machine can do, with the "
+        "eager network, and with other servers. Run it on an otherwise idle machine.",
     )
     add = parser.add_argument
     add(
@@ -196,17 +196,23 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(".venv-bench/bin/python"),
         metavar="FILE",
-        help="of the environment with bench/peers/requirements.txt (default: .venv-bench's)",
+        help="Python of the environment with bench/peers/requirements.txt (default: .venv-bench's)",
     )
-    add("--model-repository", type=Path, default=Path("models"), metavar="DIR", help="(models)")
+    add(
+        "--model-repository",
+        type=Path,
+        default=Path("models"),
+        metavar="DIR",
+        help="what to serve (default: models)",
+    )
     add(
         "--precision",
         choices=["fp32", "bf16", "int8"],
-        help="build the full-size network anew in this precision and measure that, and the one in "
-        "--model-repository beside it (default: only the latter)",
+        help="build the full-size network in this precision and measure it next to the one in "
+        "--model-repository (default: measure only the latter)",
     )
-    add("--rounds", type=int, default=3, help="medians are over these (default: 3)")
-    add("--seconds", type=float, default=5, help="of each of three windows (default: 5)")
+    add("--rounds", type=int, default=3, help="number of rounds; results are medians (default: 3)")
+    add("--seconds", type=float, default=5, help="length of each of three windows (default: 5)")
     return parser
 
 

@@ -19,11 +19,11 @@ def main(*options: str) -> int:
     # One question first: an audit that skips what it cannot look up calls all of it good.
     probe = audit({"pip": installed["pip"]}, *options)
     if probe is None:
-        print("audit: the advisories (osv.dev) cannot be reached: NOTHING WAS AUDITED")
+        print("audit: the advisory database (osv.dev) cannot be reached: NOTHING WAS AUDITED")
         return 0
     found = audit(installed, *options)
     if found is None:
-        print("audit: broken off half-way: not all was audited")
+        print("audit: interrupted half-way: not all packages were audited")
         return 0
     for package in (bad := [p for p in found if p.get("vulns")]):
         for advisory in package["vulns"]:

@@ -167,7 +167,7 @@ def main() -> int:
         print(f"bench-gpu: {folder} cannot be written: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\nInterrupted. What was done by then is in {folder}", file=sys.stderr)
+        print(f"\nInterrupted. The results so far are in {folder}", file=sys.stderr)
         return 130
 
 
@@ -216,26 +216,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description="Measure the network on this machine's GPU: bare, behind a stand-in for "
-        "Triton's C++ backend, and served; the cores that feed it; and JPEG decoders. Needs a "
-        "machine that does nothing else.",
+        "Triton's C++ backend, and served; the cores that feed it; and JPEG decoders. Run it on "
+        "an otherwise idle machine.",
     )
     add = parser.add_argument
     add(
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="(default: the published network with random weights, which cost the same)",
+        help="measure this checkpoint (default: the published network with random weights, which "
+        "cost the same)",
     )
-    parts = f"some of {', '.join(STEPS)} (default: all)"
+    parts = f"parts to run, of {', '.join(STEPS)} (default: all)"
     add("--parts", nargs="+", choices=list(STEPS), default=STEPS, metavar="PART", help=parts)
-    add("--rounds", type=positive, default=3, help="medians are over these (default: 3)")
-    add("--seconds", type=_seconds, default=1, help="of one window (default: 1)")
-    add("--output", type=Path, metavar="DIR", help="(default: bench/results/DATE-gpu)")
+    add(
+        "--rounds",
+        type=positive,
+        default=3,
+        help="number of rounds; results are medians (default: 3)",
+    )
+    add("--seconds", type=_seconds, default=1, help="length of one window (default: 1)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: bench/results/DATE-gpu)",
+    )
     add(
         "--device",
         choices=list(PLANS),
         default="cuda",
-        help="cpu: to try this script without a GPU, in small; the figures mean nothing",
+        help="cpu: try this script without a GPU, on a small scale; the figures mean nothing "
+        "(default: %(default)s)",
     )
     return parser
 

@@ -55,7 +55,7 @@ def _next(found: "Queue[float]", processes: list[SpawnProcess]) -> float:
             return found.get(timeout=1)
         except queue.Empty:
             if any(process.exitcode for process in processes):
-                raise RuntimeError("a process that decodes has ended, see above") from None
+                raise RuntimeError("a decoding process has exited, see above") from None
 
 
 def _process(

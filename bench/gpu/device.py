@@ -22,10 +22,10 @@ class Device:
         if kind == "cuda":
             if torch.version.cuda is None:
                 raise NoGpuError(
-                    f"this needs a GPU and a torch with CUDA (PyPI's), not {torch.__version__}"
+                    f"a GPU and a torch with CUDA (PyPI's) are needed, not {torch.__version__}"
                 )
             if not torch.cuda.is_available():
-                raise NoGpuError(f"this needs a GPU, and torch {torch.__version__} finds none")
+                raise NoGpuError(f"a GPU is needed, but torch {torch.__version__} finds none")
         self.kind = kind
 
     def seconds(self, run: Callable[[], object], count: int) -> float:

@@ -1,7 +1,7 @@
 """All that `python -m bench.gpu` needs, in a folder for a machine with a GPU and without a network.
 
 `python -m bench.gpu.kit FOLDER` writes kit.tar.xz and run.py, for Python 3.12 on x86-64 (Ubuntu
-24.04) which has torch with CUDA, Numba and Pillow.
+24.04) which has torch with CUDA, llvmlite (Numba brings it) and Pillow.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PYTHON = "3.12"
 SITE = Path("lib") / f"python{PYTHON}" / "site-packages"
 OURS = ("builder", "client", "server")
 # The machine has these, and what they need; hf-xet is for downloads.
-LEFT_OUT = {"torch", "numba", "llvmlite", "pillow", "hf-xet"}
+LEFT_OUT = {"torch", "llvmlite", "pillow", "hf-xet"}
 NUMPY = "numpy==1.26.4"  # Triton's stubs know no other
 PROJECT = ("bench", "photos", "model_repository")
 LIMIT = 50 << 20  # bytes
@@ -38,7 +38,7 @@ def main() -> int:
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
-        print(f"bench-gpu-kit: {folder} is there already", file=sys.stderr)
+        print(f"bench-gpu-kit: {folder} exists already", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as name:
         environment = Path(name)
@@ -49,9 +49,11 @@ def main() -> int:
             tar.add(environment, arcname="", filter=_plain)
     shutil.copy(Path(__file__).with_name("kit_run.py"), folder / "run.py")
     size = file.stat().st_size
-    print(f"Wrote {folder}: {size / 2**20:.1f} MiB. There: python3 run.py --output DIR")
+    print(
+        f"Wrote {folder}: {size / 2**20:.1f} MiB. On the GPU machine: python3 run.py --output DIR"
+    )
     if size > LIMIT:
-        print(f"bench-gpu-kit: that is over {LIMIT >> 20} MiB", file=sys.stderr)
+        print(f"bench-gpu-kit: that is more than {LIMIT >> 20} MiB", file=sys.stderr)
     return int(size > LIMIT)
 
 

@@ -1,7 +1,7 @@
 """Measure the network on this machine's GPU: `python3 run.py --output DIR [--device cpu] …`
 
 Beside this file is kit.tar.xz, which is unpacked here first. It takes Python 3.12, which has torch
-with CUDA, Numba and Pillow; nothing is downloaded, and nothing outside of this folder is changed.
+with CUDA, llvmlite and Pillow; nothing is downloaded, and nothing outside this folder is changed.
 """
 
 import os
@@ -24,7 +24,7 @@ PATHS = ("--output", "--checkpoint")
 def main() -> None:
     if sys.version_info[:2] != (3, 12):
         sys.exit(f"run.py: this kit is for Python 3.12, not {sys.version.split()[0]}")
-    if missing := [name for name in ("torch", "numba", "PIL") if find_spec(name) is None]:
+    if missing := [name for name in ("torch", "llvmlite", "PIL") if find_spec(name) is None]:
         sys.exit(f"run.py: {sys.executable} lacks {', '.join(missing)}")
     if not DONE.exists() or DONE.read_text() != this_kit():
         unpack()

@@ -56,7 +56,7 @@ class Bench:
             except ServerError as e:  # of this one: the others are measured
                 self.say(f"{count} instances: {e}")
         if not rows:
-            raise ServerError("none of these can be served, see above")
+            raise ServerError("none of these configurations could be served, see above")
         return rows
 
     @contextlib.contextmanager

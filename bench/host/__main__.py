@@ -187,7 +187,7 @@ def main() -> int:
     """Entry point; the exit code."""
     args = _parser().parse_args()
     if not args.python.is_file():
-        print(f"bench-host: no {args.python}: `make bench-host` makes it", file=sys.stderr)
+        print(f"bench-host: no {args.python}: `make bench-host` creates it", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = args.output or RESULTS / f"{datetime.now():%Y-%m-%d-%H%M%S}-host"
@@ -209,8 +209,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.host",
-        description="Measure what the host does for an image beside the network: decoding, "
-        "resizing, Triton. Needs a machine that does nothing else.",
+        description="Measure the host's work per image besides the network: decoding, resizing, "
+        "Triton. Run it on an otherwise idle machine.",
     )
     add = parser.add_argument
     add(
@@ -218,11 +218,16 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(".venv-bench/bin/python"),
         metavar="FILE",
-        help="of the environment with bench/host/requirements.txt (default: .venv-bench's)",
+        help="Python of the environment with bench/host/requirements.txt (default: .venv-bench's)",
     )
-    add("--rounds", type=int, default=3, help="medians are over these (default: 3)")
-    add("--seconds", type=float, default=5, help="of each of three windows (default: 5)")
-    add("--output", type=Path, metavar="DIR", help="default: bench/results/DATE-host")
+    add("--rounds", type=int, default=3, help="number of rounds; results are medians (default: 3)")
+    add("--seconds", type=float, default=5, help="length of each of three windows (default: 5)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: bench/results/DATE-host)",
+    )
     return parser
 
 

@@ -124,28 +124,36 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.load",
-        description="Load-test a Triton server that serves our models with NVIDIA's perf_analyzer: "
-        "starts vit-server where no --url is given. Writes a report, a picture of latency against "
-        "throughput, CSV and JSON.",
+        description="Load-test a Triton server that serves our models, with perf_analyzer.\n\n"
+        "Without --url it starts vit-server on this machine. Writes a report, a chart of\n"
+        "latency against throughput, CSV and JSON.",
         epilog="examples:\n"
         "  python -m bench.load                               # all models: 15 minutes\n"
         "  python -m bench.load --models embed --megapixels 0.05 0.3 2\n"
         "  python -m bench.load --models embed --rate 5 10 15 20\n"
         "  python -m bench.load --url grpcs://vit.example:443 --ca-file ca.pem\n"
-        "  python -m bench.load --models vit -- -b 8          # more for perf_analyzer\n",
+        "  python -m bench.load --models vit -- -b 8          # options for perf_analyzer\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--url", metavar="HOST:PORT", help="a running server's gRPC port; grpcs://… for TLS")
-    add("--ca-file", metavar="FILE", help="PEM: who may have signed the server's certificate")
-    add("--cert-file", metavar="FILE", help="PEM: our certificate, for mutual TLS")
-    add("--key-file", metavar="FILE", help="PEM: its private key")
+    add(
+        "--url",
+        metavar="HOST:PORT",
+        help="test this running server (its gRPC port; grpcs://… for TLS)",
+    )
+    add(
+        "--ca-file",
+        metavar="FILE",
+        help="CA certificates that the server's must be signed by (PEM)",
+    )
+    add("--cert-file", metavar="FILE", help="client certificate, for mutual TLS (PEM)")
+    add("--key-file", metavar="FILE", help="its private key (PEM)")
     add(
         "--model-repository",
         type=Path,
         default=Path("models"),
         metavar="DIR",
-        help="what to serve where no --url is given (default: models)",
+        help="what to serve if no --url is given (default: models)",
     )
     add(
         "--models",
@@ -153,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=MODELS,
         default=MODELS,
         metavar="MODEL",
-        help=f"of {', '.join(MODELS)} (default: all)",
+        help=f"models to test, of {', '.join(MODELS)} (default: all)",
     )
     load = parser.add_mutually_exclusive_group()
     load.add_argument(
@@ -162,26 +170,38 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=[1, 2, 4, 8, 16, 32],
         metavar="N",
-        help="requests under way at a time (default: 1 2 4 8 16 32)",
+        help="numbers of requests in flight (default: 1 2 4 8 16 32)",
     )
     load.add_argument(
         "--rate",
         nargs="+",
         type=_positive,
         metavar="N",
-        help="instead: requests a second, whatever the answers do (Poisson)",
+        help="instead of a concurrency: requests per second, sent as a Poisson process whether or "
+        "not earlier ones were answered",
     )
-    add("--photos", type=Path, default=inputs.PHOTOS, metavar="PATH", help="file or folder")
+    add(
+        "--photos",
+        type=Path,
+        default=inputs.PHOTOS,
+        metavar="PATH",
+        help="photos to send: a file or folder (default: photos/)",
+    )
     add(
         "--megapixels",
         nargs="+",
         type=_positive,
         metavar="MP",
-        help="send each photo as a JPEG of these sizes (default: the files as they are)",
+        help="send each photo as a JPEG of these sizes (default: the unchanged files)",
     )
-    add("--seconds", type=_positive, default=5, help="of one of three windows (default: 5)")
-    add("--output", type=Path, metavar="DIR", help="default: bench/load/results/DATE")
-    add("extra", nargs="*", metavar="-- …", help="the rest goes to perf_analyzer")
+    add("--seconds", type=_positive, default=5, help="length of each of three windows (default: 5)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: bench/load/results/DATE)",
+    )
+    add("extra", nargs="*", metavar="-- …", help="options after -- are passed to perf_analyzer")
     return parser
 
 

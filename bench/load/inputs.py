@@ -87,11 +87,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.load.inputs",
         description="Write perf_analyzer's input files: your photos at several sizes, in both "
-        "forms that it takes.",
+        "forms that it accepts.",
     )
     parser.add_argument("output", type=Path, metavar="DIR", help="folder for the files")
     parser.add_argument(
-        "--photos", type=Path, default=PHOTOS, metavar="PATH", help="file or folder"
+        "--photos",
+        type=Path,
+        default=PHOTOS,
+        metavar="PATH",
+        help="file or folder (default: photos/)",
     )
     args = parser.parse_args()
     try:

@@ -59,7 +59,9 @@ def install() -> Path:
         PerfAnalyzerError: it cannot be fetched, or does not run here.
     """
     if platform.machine() != "x86_64":
-        raise PerfAnalyzerError(f"perf_analyzer's wheels are for x86_64, not {platform.machine()}")
+        raise PerfAnalyzerError(
+            f"perf_analyzer is available for x86_64 only, not for {platform.machine()}"
+        )
     requirement, sha256 = NEWER if _glibc() >= (2, 38) else OLDER
     binary = Path(sys.prefix) / "perf_analyzer" / requirement / "perf_analyzer"
     if not binary.is_file():
@@ -135,9 +137,9 @@ def _reason(output: str) -> str:
     if refused := [line for line in lines if "had error: " in line]:  # the server's own words
         return re.sub(r"\[request id: \d+\] ", "", refused[0].partition("had error: ")[2])
     if "No valid requests recorded" in output:
-        return "a window saw no answer: give it more --seconds"
+        return "no request was answered within a window: increase --seconds"
     told = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)]
-    return (told or lines or ["perf_analyzer ended without a result and said nothing"])[0]
+    return (told or lines or ["perf_analyzer exited without a result or a message"])[0]
 
 
 def fetch(requirement: str, sha256: str, binary: Path, tag: str = "") -> None:
@@ -152,7 +154,7 @@ def fetch(requirement: str, sha256: str, binary: Path, tag: str = "") -> None:
         options = ["--no-deps", "--only-binary=:all:", "--dest", name, "-r", f"{name}/pinned.txt"]
         options += ["--platform", tag] if tag else []
         if subprocess.run([*pip, *options]).returncode != 0:
-            raise PerfAnalyzerError(f"pip could not fetch {requirement}, see above")
+            raise PerfAnalyzerError(f"pip could not download {requirement}, see above")
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
             inside = next(n for n in wheel.namelist() if n.endswith("bin/perf_analyzer"))
             extracted = Path(wheel.extract(inside, folder))

@@ -135,7 +135,7 @@ def local_server(repository: Path) -> Iterator[Address]:
                 if line.startswith("Ready"):
                     break
             else:
-                raise ServerError(f"vit-server ended with exit code {process.wait()}")
+                raise ServerError(f"vit-server exited with code {process.wait()}")
             yield Address(host)
         finally:
             process.terminate()

@@ -33,9 +33,12 @@ MEMORY_MIB = 2048
 def main() -> None:
     """Entry point; libFuzzer ends the process."""
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=int, default=300, help="how long (default: 300)")
+    parser.add_argument("--seconds", type=int, default=300, help="duration (default: 300)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="libFuzzer's; 0 takes another each time"
+        "--seed",
+        type=int,
+        default=0,
+        help="libFuzzer's random seed; 0, the default, picks a new one",
     )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -47,7 +50,7 @@ def main() -> None:
             pixels = module.decode(data, SIDE, SIDE, module.Room(MAX_PIXELS))
         except module.BadImage as e:
             if len(str(e)) < 10:
-                raise AssertionError("it does not say why") from e
+                raise AssertionError("BadImage without a reason") from e
         else:
             assert pixels.shape == (SIDE, SIDE, 3)
             assert pixels.dtype == np.uint8

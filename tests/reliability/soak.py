@@ -60,7 +60,7 @@ class Result:
     ended: bool = False
 
     def faults(self) -> list[str]:
-        ended = ["the server has ended"] if self.ended else []
+        ended = ["the server has exited"] if self.ended else []
         return ended + self.wrong + growth(self.samples)
 
 
@@ -119,7 +119,7 @@ class Traffic:
         try:
             await getattr(self.client, task)(image.data)
         except BadImage as e:
-            self.count("bad: refused" if len(e.reason) > 5 else "bad: WRONG: not told why")
+            self.count("bad: rejected" if len(e.reason) > 5 else "bad: WRONG: no reason given")
         else:
             self.count("bad: WRONG: answered")
 
@@ -138,7 +138,7 @@ class Traffic:
             got = e.results
             named = [error.index for error in e.errors]
             if named != [i for i, image in enumerate(images) if image.answer is None]:
-                self.count("several: WRONG: other rows named")
+                self.count("several: WRONG: errors name other images")
         self.judge("several", task, list(got), images)
 
     async def cancelled(self) -> None:
@@ -156,9 +156,9 @@ class Traffic:
         image = self.rng.choice(self.good)
         try:
             got = await self.client.embed(image.data, timeout=self.rng.uniform(0.001, 0.05))
-            self.judge("hurried", "embed", [got], [image])
+            self.judge("short timeout", "embed", [got], [image])
         except (DeadlineExceeded, Overloaded):  # here, or already in the server's queue
-            self.count("hurried: too late")
+            self.count("short timeout: expired")
 
     def judge(self, kind: str, task: str, got: list[Any], images: list[Known]) -> None:
         for answer, image in zip(got, images, strict=True):
@@ -309,7 +309,7 @@ def tiny_server() -> Iterator[tuple[str, int, Path]]:
                     if line.startswith("Ready:"):
                         break
                 address = re.search(r"^gRPC +(\S+)", said, re.M)
-                assert address, "vit-server has not started"
+                assert address, "vit-server did not start"
                 yield address[1], process.pid, repository
             finally:
                 process.terminate()
@@ -318,9 +318,17 @@ def tiny_server() -> Iterator[tuple[str, int, Path]]:
 def main() -> int:
     """Entry point; 1 where anything was lost, wrong or growing."""
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__.partition("\n")[0])
-    parser.add_argument("--minutes", type=float, default=30, help="how long (default: 30)")
-    parser.add_argument("--requests", type=int, help="so many requests of one image instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the mixture (default: 0)")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="duration of the mixed traffic (default: 30)"
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        help="instead of mixed traffic, send this many requests of one image",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the mixed traffic (default: 0)"
+    )
     args = parser.parse_args()
     with tiny_server() as server:
         if args.requests:

@@ -24,7 +24,7 @@ def test_nothing_is_lost_or_wrong_and_nothing_grows(server: Server) -> None:
     result = asyncio.run(soak(server.url, server.process.pid, server.repository, seconds=300))
     print(f"\n{report(result)}")
     assert not result.faults()
-    for outcome in ("one: right", "several: right", "bad: refused", "cancelled", "clients killed"):
+    for outcome in ("one: right", "several: right", "bad: rejected", "cancelled", "clients killed"):
         assert result.counts[outcome] > 20, outcome
     assert server.process.poll() is None
 
