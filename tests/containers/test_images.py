@@ -30,7 +30,7 @@ def names(found: Found) -> set[str]:
 def test_what_is_installed(packages: dict[str, Found]) -> None:
     assert {"torch", "vit-builder"} <= names(packages["builder"])
     assert {"torch", "vit-server", "nvidia-pytriton"} <= names(packages["cpu"])
-    assert {"vit-server", "aiohttp", "numba", "pillow", "simplejpeg"} <= names(packages["gpu"])
+    assert {"vit-server", "aiohttp", "llvmlite", "pillow", "simplejpeg"} <= names(packages["gpu"])
     # No second Triton beside NVIDIA's.
     assert "nvidia-pytriton" not in names(packages["gpu"])
     assert "vit-server" not in names(packages["builder"])

@@ -2,21 +2,17 @@
 
 Pillow (src/libImaging/Resample.c) takes one axis after the other and rounds to uint8 in between. A
 pixel is a weighted sum of those around it, in fixed point, so the order of the additions changes
-nothing: here they are taken for many pixels at once (vectors.py). Numba compiles the loops when the
-model loads, for the vector instructions of this very processor; Pillow's wheels are made for any.
+nothing: here they are taken for many pixels at once. vectors.py compiles the loops for the vector
+instructions of this very processor; Pillow's wheels are made for any.
 """
 
 import functools
 
 import numpy as np
-from numba import int32, int64, njit, types, uint8, void
-from vectors import BITS, LANES, SQUARE, transpose_square, weigh
+from vectors import BITS, LANES, SQUARE, STRIP, compiled, transpose, weigh_columns, weigh_rows
 
 PIECE = 2**17  # pixels that are copied out of Pillow's memory at a time
-STRIP = 64  # rows that are on their side at a time: a cache line of each column
-
-ROWS = types.Array(uint8, 2, "C", readonly=True)
-WEIGHTS = (int64[::1], int64[::1], int32[:, ::1])
+CODE = compiled(weigh_rows, transpose, weigh_columns)
 
 
 def resize(image, height, width):
@@ -50,17 +46,32 @@ def down(pixels, height):
     rows = pixels.reshape(h, -1)
     if 3 * w < LANES:
         rows = np.pad(rows, ((0, 0), (0, LANES - 3 * w)))
-    out = np.empty((height, rows.shape[1]), np.uint8)
-    weigh_rows(rows, *weights(h, height), out)
+    rows, n = np.ascontiguousarray(rows), rows.shape[1]
+    out = np.empty((height, n), np.uint8)
+    first, count, weight = weights(h, height)
+    CODE.weigh_rows(*at(rows, first, count, weight), weight.shape[1], *at(out), height, n)
     return np.ascontiguousarray(out[:, : 3 * w]).reshape(height, w, 3)
 
 
 def across(pixels, width):
     """uint8 [h, w, 3] -> [h, width, 3]."""
     h, w, _ = pixels.shape
-    out = np.empty((h, width, 3), np.uint8)
-    weigh_columns(pixels.reshape(h, -1), *weights(w, width), out.reshape(h, -1))
+    if min(h, 3 * w, 3 * width) < SQUARE:  # too small to be turned on its side in squares
+        turned = down(np.ascontiguousarray(pixels.transpose(1, 0, 2)), width)
+        return np.ascontiguousarray(turned.transpose(1, 0, 2))
+    rows, out = np.ascontiguousarray(pixels), np.empty((h, width, 3), np.uint8)
+    columns, narrow = (np.empty((size, STRIP), np.uint8) for size in (3 * w, 3 * width))
+    first, count, weight = weights(w, width)
+    CODE.weigh_columns(
+        *at(rows, first, count, weight),
+        *(weight.shape[1], *at(out), width, 3 * w, h, *at(columns, narrow)),
+    )
     return out
+
+
+def at(*arrays):
+    """Their addresses."""
+    return [array.ctypes.data for array in arrays]
 
 
 @functools.lru_cache(32)
@@ -83,48 +94,3 @@ def weights(size, new):
     weight /= weight.cumsum(axis=0)[-1]  # sum() may add in another order
     fixed = (weight * 2**BITS + np.copysign(0.5, weight)).astype(np.int32)  # towards zero
     return first, count, np.ascontiguousarray(fixed.T)
-
-
-@njit(void(ROWS, *WEIGHTS, uint8[:, ::1]), nogil=True)
-def weigh_rows(rows, first, count, weights, out):
-    """Each row of `out` [new, n] is a weighted sum of some of `rows` [size, n], n >= LANES."""
-    n = rows.shape[1]
-    for i in range(len(out)):
-        for lane in range(0, n, LANES):
-            x = min(lane, n - LANES)  # the last ones overlap
-            at, to = rows[first[i], x:].ctypes.data, out[i, x:].ctypes.data
-            weigh(at, n, weights[i].ctypes.data, count[i], to)
-
-
-@njit(void(ROWS, uint8[:, ::1], int64, int64), nogil=True)
-def transpose(rows, columns, h, n):
-    """columns[j, i] = rows[i, j] for the first h rows and n columns."""
-    if min(h, n) < SQUARE:
-        for i in range(h):
-            for j in range(n):
-                columns[j, i] = rows[i, j]
-        return
-    for line in range(0, h, SQUARE):
-        i = min(line, h - SQUARE)  # the last squares overlap
-        for column in range(0, n, SQUARE):
-            j = min(column, n - SQUARE)
-            at, to = rows[i, j:].ctypes.data, columns[j, i:].ctypes.data
-            transpose_square(at, rows.shape[1], to, columns.shape[1])
-
-
-@njit(void(ROWS, *WEIGHTS, uint8[:, ::1]), nogil=True)
-def weigh_columns(rows, first, count, weights, out):
-    """The same along each row: rows [h, size * 3], out [h, new * 3], both R, G, B, R, G, B, …
-
-    Along a row each pixel has other weights than its neighbour. So STRIP rows are turned on their
-    side, where one weight meets 3 * STRIP bytes in a row.
-    """
-    columns = np.empty((rows.shape[1], STRIP), np.uint8)
-    narrow = np.empty((out.shape[1], STRIP), np.uint8)
-    wide, weighed = columns.reshape(-1, 3 * STRIP), narrow.reshape(-1, 3 * STRIP)
-    h = min(STRIP, len(rows))
-    for line in range(0, len(rows), STRIP):
-        y = min(line, len(rows) - h)
-        transpose(rows[y:], columns, h, rows.shape[1])
-        weigh_rows(wide, first, count, weights, weighed)
-        transpose(narrow, out[y:], out.shape[1], h)

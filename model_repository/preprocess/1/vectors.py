@@ -1,77 +1,127 @@
-"""The two inner loops of bicubic.py, in LLVM's vectors.
+"""The loops of bicubic.py, in LLVM's vectors: compiled for this very processor, as the model loads.
 
-Written in Python, Numba would keep the sums of the one in memory and move the bytes of the other
-one by one: twice the time. Nothing here is for one kind of processor. Addresses are those of uint8,
-as `array.ctypes.data` gives them, and steps are in bytes.
+Each takes addresses, as `array.ctypes.data` gives them, and sizes in elements, all int64. ctypes
+lets go of Python's lock while one runs. Nothing here is for one kind of processor.
 """
 
+import contextlib
+import ctypes
+import types
+
+import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 LANES = 32  # bytes that are weighed at a time: their sums are in registers
 SQUARE = 16  # rows and columns that are transposed at a time
+STRIP = 64  # rows that are on their side at a time: a cache line of each column
 BITS = 22  # of a weight's fraction: Pillow's PRECISION_BITS
 
-INT8, INT32 = ir.IntType(8), ir.IntType(32)
+INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BYTES, SUMS = ir.VectorType(INT8, LANES), ir.VectorType(INT32, LANES)
 LINE = ir.VectorType(INT8, SQUARE)
 
 
-@intrinsic
-def weigh(typingctx, rows, step, weights, count, out):
-    """LANES bytes at `out`: the sum of `count` rows at `rows`, each times its int32 of `weights`,
-    rounded, and cut off at 0 and 255."""
+def weigh_rows(b, rows, first, count, weights, taps, out, new, n):
+    """Row i of `out` [new, n] is the sum of count[i] rows of `rows` [?, n] from first[i] on, each
+    times its weight of `weights` int32 [new, taps], rounded, and cut off at 0 and 255.
 
-    def generate(context, builder, signature, arguments):
-        rows, step, weights, count, out = arguments
+    n >= LANES.
+    """
+    with each(b, new) as row, each(b, n, LANES) as lane:
+        x = smaller(b, lane, b.sub(n, INT64(LANES)))  # the last ones overlap
+        source, many = (load(b, INT64, array, (row, 8)) for array in (first, count))
+
+        def weighed(tap):
+            pixels = load(b, BYTES, rows, (source, n), (tap, n), (x, 1))
+            weight = load(b, INT32, weights, (b.mul(row, taps), 4), (tap, 4))
+            lanes = b.insert_element(every(None), weight, INT32(0))
+            return b.mul(b.zext(pixels, SUMS), b.shuffle_vector(lanes, every(None), every(0)))
+
         # A half, so that cutting off the fraction rounds.
-        total = cgutils.alloca_once_value(builder, every(1 << (BITS - 1)))
-        with cgutils.for_range(builder, count) as loop:
-            row = builder.load(pointer(builder, rows, step, loop.index, BYTES), align=1)
-            size = ir.Constant(step.type, 4)
-            weight = builder.load(pointer(builder, weights, size, loop.index, INT32))
-            lanes = builder.insert_element(every(None), weight, INT32(0))
-            lanes = builder.shuffle_vector(lanes, every(None), every(0))
-            product = builder.mul(builder.zext(row, SUMS), lanes)
-            builder.store(builder.add(builder.load(total), product), total)
-        value = builder.ashr(builder.load(total), every(BITS))
-        value = builder.select(builder.icmp_signed("<", value, every(0)), every(0), value)
-        value = builder.select(builder.icmp_signed(">", value, every(255)), every(255), value)
-        target = builder.inttoptr(out, BYTES.as_pointer())
-        builder.store(builder.trunc(value, BYTES), target, align=1)
-        return context.get_dummy_value()
-
-    address, number = types.uintp, types.intp
-    return types.void(address, number, address, number, address), generate
+        value = b.ashr(summed(b, every(1 << (BITS - 1)), many, weighed), every(BITS))
+        value = b.select(b.icmp_signed("<", value, every(0)), every(0), value)
+        value = b.select(b.icmp_signed(">", value, every(255)), every(255), value)
+        store(b, b.trunc(value, BYTES), out, (row, n), (x, 1))
 
 
-@intrinsic
-def transpose_square(typingctx, rows, step, out, out_step):
-    """SQUARE x SQUARE bytes: out[j, i] = rows[i, j]."""
-
-    def generate(context, builder, signature, arguments):
-        rows, step, out, out_step = arguments
-        at = [ir.Constant(step.type, i) for i in range(SQUARE)]
-        lines = [builder.load(pointer(builder, rows, step, i, LINE), align=1) for i in at]
-        # Of a and b: a0 b0 a1 b1 … With lines i and i + 8, four times, it is the transpose.
-        order = [n // 2 + n % 2 * SQUARE for n in range(2 * SQUARE)]
-        halves = [ir.Constant(ir.VectorType(INT32, SQUARE), half) for half in halved(order)]
+def transpose(b, rows, step, out, out_step, h, n):
+    """out[j, i] = rows[i, j] for h rows and n columns, both >= SQUARE."""
+    numbers = [INT64(k) for k in range(SQUARE)]
+    # Of a and b: a0 b0 a1 b1 … With lines k and k + 8, four times, it is the transpose.
+    order = [k // 2 + k % 2 * SQUARE for k in range(2 * SQUARE)]
+    halves = [ir.Constant(ir.VectorType(INT32, SQUARE), half) for half in halved(order)]
+    with each(b, h, SQUARE) as line, each(b, n, SQUARE) as column:
+        i = smaller(b, line, b.sub(h, INT64(SQUARE)))  # the last squares overlap
+        j = smaller(b, column, b.sub(n, INT64(SQUARE)))
+        lines = [load(b, LINE, rows, (i, step), (k, step), (j, 1)) for k in numbers]
         for _ in range(4):
             pairs = zip(*halved(lines), strict=True)
-            lines = [builder.shuffle_vector(a, b, half) for a, b in pairs for half in halves]
-        for i, line in zip(at, lines, strict=True):
-            builder.store(line, pointer(builder, out, out_step, i, LINE), align=1)
-        return context.get_dummy_value()
-
-    address, number = types.uintp, types.intp
-    return types.void(address, number, address, number), generate
+            lines = [b.shuffle_vector(one, other, half) for one, other in pairs for half in halves]
+        for k, turned in zip(numbers, lines, strict=True):
+            store(b, turned, out, (j, out_step), (k, out_step), (i, 1))
 
 
-def pointer(builder, start, step, index, kind):
-    """Of the value of that kind, `index` steps after the start."""
-    return builder.inttoptr(builder.add(start, builder.mul(step, index)), kind.as_pointer())
+def weigh_columns(b, rows, first, count, weights, taps, out, new, n, height, columns, narrow):
+    """The same along each row: rows [height, n], out [height, 3 * new], both R, G, B, R, G, B, …
+
+    height, n and 3 * new >= SQUARE.
+
+    Along a row each pixel has other weights than its neighbour. So STRIP rows are turned on their
+    side, into `columns` [n, STRIP], where one weight meets 3 * STRIP bytes in a row.
+    """
+    turn, weigh = (b.module.get_global(name) for name in ("transpose", "weigh_rows"))
+    strip, out_n = INT64(STRIP), b.mul(new, INT64(3))
+    h = smaller(b, height, strip)
+    with each(b, height, STRIP) as line:
+        y = smaller(b, line, b.sub(height, h))
+        b.call(turn, [address(b, rows, (y, n)), n, columns, strip, h, n])
+        b.call(weigh, [columns, first, count, weights, taps, narrow, new, INT64(3 * STRIP)])
+        b.call(turn, [narrow, strip, address(b, out, (y, out_n)), out_n, out_n, h])
+
+
+@contextlib.contextmanager
+def each(b, stop, step=1):
+    """for index in range(0, stop, step), of which there is at least one."""
+    before, body, after = b.block, b.append_basic_block(), b.append_basic_block()
+    b.branch(body)
+    b.position_at_end(body)
+    index = b.phi(INT64)
+    index.add_incoming(INT64(0), before)
+    yield index
+    following = b.add(index, INT64(step))
+    index.add_incoming(following, b.block)
+    b.cbranch(b.icmp_signed("<", following, stop), body, after)
+    b.position_at_end(after)
+
+
+def summed(b, begin, count, term):
+    """begin + term(0) + … + term(count - 1)."""
+    before = b.block
+    with each(b, count) as index:
+        total = b.phi(begin.type)
+        total.add_incoming(begin, before)
+        more = b.add(total, term(index))
+        total.add_incoming(more, b.block)
+    return more
+
+
+def address(b, start, *steps):
+    """Of what is so many steps after the start; each is a number, and bytes."""
+    for index, size in steps:
+        start = b.add(start, b.mul(index, size if isinstance(size, ir.Value) else INT64(size)))
+    return start
+
+
+def load(b, kind, *place):
+    return b.load(b.inttoptr(address(b, *place), kind.as_pointer()), align=1)
+
+
+def store(b, value, *place):
+    b.store(value, b.inttoptr(address(b, *place), value.type.as_pointer()), align=1)
+
+
+def smaller(b, one, other):
+    return b.select(b.icmp_signed("<", one, other), one, other)
 
 
 def every(number):
@@ -81,3 +131,29 @@ def every(number):
 
 def halved(items):
     return items[: len(items) // 2], items[len(items) // 2 :]
+
+
+def compiled(*loops):
+    """An object with a function of each name, which takes int64."""
+    module = ir.Module()
+    for loop in loops:
+        count = loop.__code__.co_argcount - 1
+        kind = ir.FunctionType(ir.VoidType(), [INT64] * count)
+        function = ir.Function(module, kind, loop.__name__)
+        b = ir.IRBuilder(function.append_basic_block())
+        loop(b, *function.args)
+        b.ret_void()
+    with contextlib.suppress(RuntimeError):  # wanted before llvmlite 0.45, an error since
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    code = types.SimpleNamespace(engine=engine)  # which holds the machine code
+    for function in module.functions:
+        kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(function.args))
+        setattr(code, function.name, kind(engine.get_function_address(function.name)))
+    return code
