@@ -103,7 +103,7 @@ class Connection:
             raise ClientClosed(forked(self._pid))
         elif self._loop is not loop:
             raise ClientClosed(
-                "this AsyncClient belongs to another event loop: make one for each asyncio.run()"
+                "this AsyncClient belongs to another event loop: create one for each asyncio.run()"
             )
         if self._current is None:
             channel = open_channel(self.settings)

@@ -83,7 +83,7 @@ def mistaken(value: Any) -> str:
     if hasattr(value, "iloc") and hasattr(value, "columns"):
         return f"{kind} is a table: pass its column of paths"
     if hasattr(value, "status_code") and hasattr(value, "content"):
-        return f"{kind} is an answer, not an image: pass its .content"
+        return f"{kind} is an HTTP response, not an image: pass its .content"
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], bool):
         return f"{kind} of a truth value and more: pass [1] of what OpenCV's imencode gives"
     if isinstance(value, arrays.array) or (
@@ -152,7 +152,7 @@ def too_large(size: int | None, limit: str) -> Unusable:
 
 
 def _limit(size: int) -> str:
-    return f"the server takes {_amount(size)} in a request"
+    return f"the server accepts {_amount(size)} per request"
 
 
 def _amount(size: int) -> str:
@@ -199,7 +199,7 @@ def _not_a_path(name: str) -> str:
     if scheme[1]:
         return "data: URIs are not read: decode it, and pass the bytes"
     if scheme[2].lower() == "file":
-        return "URLs are not read: pass the path alone"
+        return "URLs are not read: pass only the path"
     return "URLs are not fetched: download it first"
 
 
@@ -219,7 +219,7 @@ def _read_again(file: Any, most: int) -> bytes:
             return b""
         file.seek(0)
     except (AttributeError, OSError):
-        raise Unusable("has nothing left to read: was it read before?") from None
+        raise Unusable("has nothing left to read: has it been read before?") from None
     return _read_up_to(file, most)
 
 
@@ -248,7 +248,7 @@ def _checked(file: Any, part: Any) -> bytes:
             part.close()  # or Python warns that it was never awaited
         raise Unusable(f"the read() of {type(file).__name__} is async: pass await file.read()")
     if part is None:
-        raise Unusable("is open without blocking, and has no data yet: pass the bytes")
+        raise Unusable("is open in non-blocking mode, and has no data yet: pass the bytes")
     if not isinstance(part, ENCODED):
         raise Unusable('is open as text; open it with "rb"')
     return bytes(part)
@@ -260,7 +260,7 @@ def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(array)
     except Exception as error:  # on a GPU, or part of a graph: each library has its own
-        raise Unusable(f"{type(array).__name__} does not become an array: {error}") from None
+        raise Unusable(f"{type(array).__name__} cannot be converted to an array: {error}") from None
 
 
 def _from_array(array: np.ndarray[Any, Any], size: tuple[int, int]) -> bytes:
@@ -303,7 +303,7 @@ def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
 
     if not isinstance(image, Image.Image):
         raise Unusable(
-            f"{type(image).__name__} is not an image: give a path, bytes, a binary file, a PIL "
+            f"{type(image).__name__} is not an image: pass a path, bytes, a binary file, a PIL "
             "image or a uint8 array [height, width, 3]"
         )
     try:

@@ -184,7 +184,7 @@ def parse_url(url: str) -> tuple[str, bool]:
         if scheme in ("http", "https"):
             raise ConfigurationError(
                 f"{url!r} is an HTTP address; this client speaks gRPC: "
-                f"give host:port of Triton's gRPC port (usually {DEFAULT_PORT})"
+                f"pass host:port of Triton's gRPC port (usually {DEFAULT_PORT})"
             )
         if scheme in _SCHEMES:
             return _with_port(rest, url), _SCHEMES[scheme]
@@ -201,7 +201,7 @@ def _with_port(address: str, url: str) -> str:
     if not match or not 0 < int(match[2] or 1) < 65536:
         hint = ", and IPv6 as [::1]:8001" if address.count(":") > 1 else ""
         raise ConfigurationError(
-            f"{url!r} is not an address: give host:port, e.g. localhost:8001{hint}"
+            f"{url!r} is not an address: pass host:port, e.g. localhost:8001{hint}"
         )
     return f"{match[1]}:{match[2] or DEFAULT_PORT}"
 
@@ -219,7 +219,7 @@ def _authority(given: str | None) -> str | None:
         return None
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9._-]+(:\d{1,5})?", name):
         raise ConfigurationError(
-            f"{label} must be the name of a host, with a port if need be, not {name!r}"
+            f"{label} must be a host name, optionally with a port, not {name!r}"
         )
     return name
 
@@ -235,7 +235,9 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
     for name, value in pairs.items():
         lower = str(name).lower()  # gRPC takes no others
         if not is_header(lower, ""):
-            raise ConfigurationError(f"{label}: {name!r} is not the name of a text header in gRPC")
+            raise ConfigurationError(
+                f"{label}: {name!r} is not a valid name for a gRPC text header"
+            )
         if not _is_sendable(value):
             raise ConfigurationError(
                 f"{label}: the value of header {name!r} is not printable ASCII text"
@@ -299,7 +301,9 @@ def read_file(label: str, path: Path) -> bytes:
 
 def _at_least(minimum: int, value: Any, label: str) -> int:
     if not isinstance(value, int) or value < minimum:
-        raise ConfigurationError(f"{label} must be a whole number from {minimum}, not {value!r}")
+        raise ConfigurationError(
+            f"{label} must be a whole number of at least {minimum}, not {value!r}"
+        )
     return value
 
 

@@ -69,7 +69,7 @@ def rows(question: Question, response: Any) -> list[dict[str, Any]]:
         return [dict(zip(question.answers, row, strict=True)) for row in zip(*columns, strict=True)]
     except (KeyError, ValueError, struct.error) as error:
         raise ModelNotServed(
-            f"the server's {question.ensemble!r} does not answer as this client expects "
+            f"the server's {question.ensemble!r} has outputs that this client does not expect "
             f"({error!r})",
             task=question.task,
         ) from error
@@ -118,7 +118,7 @@ def model(config: Any, version: str) -> Model:
         )
     except (KeyError, ValueError, IndexError):
         raise ModelNotServed(
-            f"the server has a model named {MODEL!r}, but not the one this client is for: "
+            f"the server has a model named {MODEL!r}, but not the one this client is made for: "
             f"its tensors are {sorted(dims)}"
         ) from None
 
@@ -132,10 +132,10 @@ def misfit(builder: str, client: str = __version__) -> str:
     if not theirs or theirs == ours:
         return ""
     newer = "update vit-client"
-    older = f"build the model anew, or install vit-client {'.'.join(map(str, theirs))}"
+    older = f"rebuild the model, or install vit-client {'.'.join(map(str, theirs))}"
     return (
         f"the server's model was built by vit-builder {builder}, and this is vit-client {client}: "
-        f"they may not understand each other ({newer if theirs > ours else older})"
+        f"they may be incompatible ({newer if theirs > ours else older})"
     )
 
 

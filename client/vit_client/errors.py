@@ -255,10 +255,10 @@ _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 
-_LOGIN = (AccessDenied, "sends us elsewhere: does it want a login, or TLS (grpcs://)?")
-_UNKNOWN_PLACE = (ModelNotServed, "knows of no gRPC server there: is the address right?")
-_NO_LOGIN = (AccessDenied, "wants a login of its own")
-_NO_BACKEND = (Unavailable, "does not reach the server")
+_LOGIN = (AccessDenied, "redirects us: does it require a login, or TLS (grpcs://)?")
+_UNKNOWN_PLACE = (ModelNotServed, "has no gRPC server at this address: is it right?")
+_NO_LOGIN = (AccessDenied, "requires a login of its own")
+_NO_BACKEND = (Unavailable, "cannot reach the server")
 
 # Ensembles that the first vit-builders did not make. That it has our `vit` is known by then.
 _NEWER = re.compile("unknown model: '(analyze|everything)'")
@@ -266,25 +266,25 @@ _NEWER = re.compile("unknown model: '(analyze|everything)'")
 # What HTTP statuses mean that a proxy gives instead of the server's answer.
 _BY_HTTP_STATUS: dict[int, tuple[type[VitClientError], str]] = {
     **dict.fromkeys((301, 302, 303, 307, 308), _LOGIN),
-    401: (AccessDenied, "wants another token or login"),
-    403: (AccessDenied, "does not let us in"),
+    401: (AccessDenied, "rejects the token or login"),
+    403: (AccessDenied, "denies access"),
     404: _UNKNOWN_PLACE,
     405: _UNKNOWN_PLACE,
     407: _NO_LOGIN,
-    408: (Unavailable, "did not get the whole request in time"),
+    408: (Unavailable, "did not receive the whole request in time"),
     410: _UNKNOWN_PLACE,
-    413: (InvalidRequest, "allows no request as large as this"),
-    421: (ModelNotServed, "serves no such name: is the address right?"),
-    429: (Overloaded, "allows no more requests for now"),
-    431: (InvalidRequest, "allows no headers, or token, as long as these"),
+    413: (InvalidRequest, "does not allow requests this large"),
+    421: (ModelNotServed, "does not serve this host name: is the address right?"),
+    429: (Overloaded, "allows no more requests at the moment"),
+    431: (InvalidRequest, "does not allow headers, or a token, this long"),
     500: (ServerError, "failed"),
     502: _NO_BACKEND,
-    503: (Overloaded, "has too much to do, or no server to pass this on to"),  # it may be either
-    504: (Unavailable, "had no answer from the server in time"),
+    503: (Overloaded, "is overloaded, or has no server to forward this to"),  # it may be either
+    504: (Unavailable, "got no response from the server in time"),
     511: _NO_LOGIN,
     # Cloudflare's
     **dict.fromkeys((520, 521, 522, 523, 525, 526, 530), _NO_BACKEND),
-    524: (Unavailable, "had no answer from the server in time"),
+    524: (Unavailable, "got no response from the server in time"),
 }
 
 
@@ -305,7 +305,7 @@ def from_grpc(
     kind = _BY_CODE.get(code, ServerError)
     if status := _HTTP_STATUS.match(details) or _TUNNEL_STATUS.search(details):
         kind, words = _http_meaning(int(status[1]))
-        where = f"a proxy before {url}" if status.re is _HTTP_STATUS else "the proxy to the network"
+        where = f"a proxy in front of {url}" if status.re is _HTTP_STATUS else "the outgoing proxy"
         return kind(f"{where} {words} ({details})", task=task, details=details)
     if any(text in lower for text in _OVERLOAD_TEXTS):
         kind = Overloaded
@@ -326,7 +326,7 @@ def from_grpc(
 
 def _http_meaning(status: int) -> tuple[type[VitClientError], str]:
     other: type[VitClientError] = InvalidRequest if 400 <= status < 500 else ServerError
-    return _BY_HTTP_STATUS.get(status, (other, "refuses this" if status < 500 else "failed"))
+    return _BY_HTTP_STATUS.get(status, (other, "rejects the request" if status < 500 else "failed"))
 
 
 def is_stopping(error: VitClientError) -> bool:
@@ -363,11 +363,13 @@ def _message(
     if _NOT_LOADED.search(details):
         return f"the server at {url} has not loaded its models, or is stopping ({details})"
     if _MODEL_DIED in details:
-        return f"the server at {url} has lost a model ({details})"
+        return f"the server at {url} has lost the process of a model ({details})"
     if _NEIGHBOUR.match(details):
-        return f"the server at {url} failed this for a malformed request beside it ({details})"
+        return (
+            f"the server at {url} failed this with another client's malformed request ({details})"
+        )
     if _NOT_GRPC in details:
-        return f"what answers at {url} does not speak gRPC: is it a login page? ({details})"
+        return f"the server at {url} does not speak gRPC: is it a login page? ({details})"
     if kind is Unavailable:
         return f"no server at {url}{_unavailable_hint(url, details)} ({details or code.name})"
     if kind is DeadlineExceeded:
@@ -375,7 +377,7 @@ def _message(
     if kind is Overloaded:
         return f"the server at {url} is overloaded ({details})"
     if kind is ModelChanged:
-        return f"{url} serves another model now than the one that was asked for ({details})"
+        return f"{url} now serves another model than the requested one ({details})"
     if kind is ModelNotServed and _NEWER.search(details):
         return f"the models at {url} were built by a vit-builder older than this client ({details})"
     if kind is ModelNotServed:
@@ -383,26 +385,26 @@ def _message(
     if kind is AccessDenied:
         return f"the server at {url} {_denied_hint(details)} ({details or code.name})"
     if kind is ConfigurationError:
-        return f"{url!r} is not an address that gRPC takes ({details})"
+        return f"{url!r} is not a valid address for gRPC ({details})"
     if kind is InvalidRequest:
-        return f"the server refused the request ({details})"
+        return f"the server rejected the request ({details})"
     return f"the server failed ({code.name}: {details})"
 
 
 def _unavailable_hint(url: str, details: str) -> str:
     if url.endswith((":8000", ":8002")):
-        return ": is that Triton's port for HTTP or metrics? The one for gRPC is 8001 by default"
+        return ": is this Triton's HTTP or metrics port? Its gRPC port is 8001 by default"
     if "http1.x server" in details:
-        return ": something listens there that speaks HTTP/1.1. Is it the HTTP port?"
+        return ": something there speaks HTTP/1.1. Is it the HTTP port?"
     if "Handshake read failed" in details or "TSI_DATA_CORRUPTED" in details:
         return (
-            ": something listens there, but the TLS handshake got nowhere. Is it starting, or does "
-            "it want plain text (grpc://), or a client certificate (cert_file, key_file)?"
+            ": something listens there, but the TLS handshake failed. Is it starting, or does it "
+            "expect plain text (grpc://) or a client certificate (cert_file, key_file)?"
         )
     if "all backends" in details and "Socket closed" in details:
         return (
-            ": something listens there, and ends the connection at once. Is it the HTTP port, or "
-            "does it want TLS, or another client certificate than it got?"
+            ": something listens there, but closes the connection at once. Is it the HTTP port, or "
+            "does it want TLS, or another client certificate?"
         )
     return ""
 
@@ -411,13 +413,13 @@ def _denied_hint(details: str) -> str:
     if "certificate has expired" in details:
         return "has a certificate that has expired"
     if "CERTIFICATE_VERIFY_FAILED" in details:
-        return "has a certificate that is not trusted: give the one that signed it as ca_file"
+        return "has a certificate that is not trusted: pass the CA that signed it as ca_file"
     if "Hostname Verification" in details:
-        return "has a certificate for another name: use the address that it was made for"
+        return "has a certificate for another name: use the address that it was issued for"
     if "WRONG_VERSION_NUMBER" in details:
         return "does not speak TLS"
     if "missing selected ALPN" in details:
-        return "speaks TLS, but not HTTP/2: is that the port for gRPC?"
+        return "speaks TLS, but not HTTP/2: is it the gRPC port?"
     if any(text in details for text in _TLS_TEXTS):
-        return "could not be reached by TLS: are ca_file, cert_file and key_file right?"
+        return "could not be reached over TLS: are ca_file, cert_file and key_file right?"
     return "denied access"

@@ -174,7 +174,7 @@ def test_a_top_k_out_of_range_costs_nothing(
 def test_safetensors_have_no_classes(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     ran = vit_client("localhost:1", "embed", photos, "-o", output, "-k", 3)
-    assert f"{output}: .safetensors holds no text" in ran.stderr
+    assert f"{output}: .safetensors cannot store text" in ran.stderr
     assert "must end in .npz or .parquet" in ran.stderr
     assert ran.returncode == 2
     assert list(tmp_path.iterdir()) == [photos]

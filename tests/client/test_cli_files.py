@@ -261,7 +261,7 @@ def test_an_interrupted_run_is_resumed(
             os.close(writer)
             process.kill()
     assert process.returncode == 130
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     assert "Traceback" not in said
     assert output.read_text() == "what was there before"
 
@@ -269,7 +269,7 @@ def test_an_interrupted_run_is_resumed(
     pipe.write_bytes(encoded(99))
     (photos / "00.png").write_bytes(encoded(100))  # changed since: must be asked again
     ran = vit_client(url, *arguments)
-    assert "resuming: 15 of 21 images are done already" in ran.stderr
+    assert "resuming: 15 of 21 images are already done" in ran.stderr
     assert ran.returncode == 0
     assert not partial.exists()
     images, embeddings, _ = _tables.read(output)
@@ -299,7 +299,7 @@ def test_other_images_are_not_replaced(url: str, photos: Path, tmp_path: Path, f
     assert vit_client(url, "embed", *some[:3], "-o", output).returncode == 0
     before = output.read_bytes()
     ran = vit_client("localhost:1", "embed", *some[1:4], "-o", output)  # before it asks anything
-    assert f"{output} has 1 images that are not among these 3, {some[0]} for one" in ran.stderr
+    assert f"{output} has 1 images that are not among these 3, for example {some[0]}" in ran.stderr
     assert "--overwrite" in ran.stderr
     assert "--files-from -" in ran.stderr
     assert ran.returncode == 2
@@ -311,7 +311,7 @@ def test_other_images_are_not_replaced(url: str, photos: Path, tmp_path: Path, f
     ran = vit_client(url, "embed", "-", "-o", output, "--overwrite", stdin=encoded(0))
     assert ran.returncode == 0
     ran = vit_client(url, "embed", "-", "-o", output, stdin=encoded(1))  # not the same image
-    assert "- for one; --overwrite" in ran.stderr
+    assert "for example -; --overwrite" in ran.stderr
     assert ran.returncode == 2
 
     output.write_bytes(b"")  # as mktemp leaves it
@@ -330,7 +330,7 @@ def test_images_that_fail_now_are_not_lost(url: str, photos: Path, tmp_path: Pat
     vit_client(url, "embed", *some, "-o", output)
     some[1].unlink()
     ran = vit_client(url, "embed", *some, "-o", output)
-    assert f"{output} has 1 images that are not among these 2, {some[1]} for one" in ran.stderr
+    assert f"{output} has 1 images that are not among these 2, for example {some[1]}" in ran.stderr
     assert ran.returncode == 2
     with np.load(output) as arrays:
         assert len(arrays["images"]) == 3
@@ -390,7 +390,7 @@ def test_another_models_partial_result(url: str, photos: Path, tmp_path: Path, i
     ran = vit_client(url, "embed", photos, "-o", output)
     if images:
         assert f"{output}.partial has 1 images by another model than this server's" in ran.stderr
-        assert "delete it to begin anew" in ran.stderr
+        assert "delete it to start over" in ran.stderr
         assert ran.returncode == 2
         assert not output.exists()
         Path(f"{output}.partial").unlink()
@@ -463,7 +463,7 @@ def test_similar_refuses_another_model(
     np.savez(file, embeddings=embeddings, images=np.array(["x"]), model=np.array(text))
     ran = vit_client(url, "similar", photos / "00.png", "--to", file)
     if "other" in told:
-        assert f"{file} is of another model than the server's" in ran.stderr
+        assert f"{file} is from another model than the server's" in ran.stderr
         assert client.model().version in ran.stderr
         assert ran.stdout == ""
         assert ran.returncode == 2
@@ -537,7 +537,7 @@ def test_a_picture_that_cannot_be_drawn(url: str, photos: Path, tmp_path: Path) 
         text=True,
         timeout=60,
     )
-    assert ran.stderr.startswith(f"vit-client: {photo}: no picture, for Pillow cannot read it here")
+    assert ran.stderr.startswith(f"vit-client: {photo}: no picture: Pillow cannot read it here")
     assert ran.stderr.count("\n") == 1
     assert ran.returncode == 1
     assert neck.exists()  # this can be had all the same

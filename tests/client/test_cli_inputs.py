@@ -75,8 +75,8 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
     os.mkfifo(photos / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(photos / "socket.webp"))
-    dead = "a dead link (no such file or directory)"
-    special = "a pipe, socket or device, no file"
+    dead = "a broken link (no such file or directory)"
+    special = "a pipe, socket or device, not a file"
     assert unreadable(photos) == {
         "2023": dead,
         "annex.jpg": dead,
@@ -157,12 +157,12 @@ def test_a_folder_with_all_of_it(url: str, tmp_path: Path) -> None:
     assert ran.stderr.splitlines() == [
         f"vit-client: skipped in {photos}: 1 .heic (not supported by the server: convert them), "
         "1 @eaDir/",
-        f"vit-client: {photos}/annex.jpg: a dead link (no such file or directory)",
+        f"vit-client: {photos}/annex.jpg: a broken link (no such file or directory)",
     ]
     assert ran.returncode == 1
     (photos / "a.png").unlink()
     ran = vit_client("localhost:1", "embed", photos, "--exclude", "old")
-    assert "annex.jpg: a dead link" in ran.stderr
+    assert "annex.jpg: a broken link" in ran.stderr
     assert ran.returncode == 1
     (photos / "annex.jpg").unlink()
     ran = vit_client("localhost:1", "embed", photos, "--exclude", "old")
@@ -179,7 +179,7 @@ DATA = "data:image/png;base64," + "iVBORw0KGgo" * 2500
     [
         (URL, f"{URL}: URLs are not fetched: download it first", 1),
         ("S3://bucket/cat.jpg", "URLs are not fetched", 1),
-        ("file:///tmp/cat.jpg", "URLs are not read: pass the path alone", 1),
+        ("file:///tmp/cat.jpg", "URLs are not read: pass only the path", 1),
         (DATA, "data: URIs are not read: decode it, and pass the bytes", 1),
         ("x" * 28000, "xxx: file name too long", 1),
         ("x" * 28000 + "*", "no file matches this pattern", 2),
@@ -288,9 +288,9 @@ def test_what_is_wrong_with_a_list(
     assert "no.png: no such file" in ran.stderr
     assert ran.returncode == 1
     for text, options, words in (
-        (b"\n", [], "standard input: no names in it"),
-        (b"a.png\0b.png\0", [], "add -0 if they end its names"),
-        (b"a.png\nb.png\n", ["-0"], "standard input: it has a name a line: leave out -0"),
+        (b"\n", [], "standard input: it contains no names"),
+        (b"a.png\0b.png\0", [], "add -0 if they end the names"),
+        (b"a.png\nb.png\n", ["-0"], "standard input: it has one name per line: leave out -0"),
         (b"a.png", ["-"], "either an image or a list of names"),
     ):
         ran = listed(text, *options)
@@ -299,9 +299,12 @@ def test_what_is_wrong_with_a_list(
     for arguments, words in (
         (["embed", "--files-from", "no.txt"], "no.txt: no such file or directory"),
         (["embed", "--files-from", "sub"], "sub: is a directory"),
-        (["embed", "a.png", "-0"], "-0 goes with --files-from"),
-        (["embed", "a.png", "--overwrite"], "--overwrite goes with -o"),
-        (["embed", "--files-from", "/dev/zero"], "/dev/zero: over 256 MiB are no list of names"),
+        (["embed", "a.png", "-0"], "-0 needs --files-from"),
+        (["embed", "a.png", "--overwrite"], "--overwrite needs -o"),
+        (
+            ["embed", "--files-from", "/dev/zero"],
+            "/dev/zero: more than 256 MiB: is it a list of names?",
+        ),
         (["embed", ""], "'': an empty name: is a variable of your shell unset?"),
         (["embed"], "required: IMAGE (or --files-from FILE)"),
     ):
@@ -330,7 +333,7 @@ def test_a_file_that_reads_as_an_option(
 
     for line in ("embed *.jpg", "embed a.jpg -o.jpg", "similar -o.jpg --to x.npz"):
         ran = shell(line)
-        assert "-o.jpg reads as an option, but is also a file here" in ran.stderr
+        assert "-o.jpg looks like an option, but is also a file here" in ran.stderr
         assert "./-o.jpg" in ran.stderr
         assert ran.stdout == ""
         assert ran.returncode == 2

@@ -298,8 +298,8 @@ def test_settings_from_the_environment(
         ("VIT_URL", "vit:8001/v2", "is not an address"),
         ("VIT_URL", "vit:0", "is not an address"),
         ("VIT_URL", "::1", r"and IPv6 as \[::1\]:8001"),
-        ("VIT_AUTHORITY", "https://vit.example", "must be the name of a host"),
-        ("VIT_AUTHORITY", "a b", "must be the name of a host"),
+        ("VIT_AUTHORITY", "https://vit.example", "must be a host name"),
+        ("VIT_AUTHORITY", "a b", "must be a host name"),
         ("VIT_TIMEOUT", "soon", "is not a number of seconds"),
         ("VIT_TIMEOUT", "5s", "is not a number of seconds"),
         ("VIT_TIMEOUT", "0", "must be a number of seconds above 0"),
@@ -309,8 +309,8 @@ def test_settings_from_the_environment(
         ("VIT_RETRIES", "many", "is not a whole number"),
         ("VIT_RETRIES", "1e2", "is not a whole number"),
         ("VIT_RETRIES", "2.5", "is not a whole number"),
-        ("VIT_RETRIES", "-1", "must be a whole number from 0"),
-        ("VIT_CONCURRENCY", "0", "must be a whole number from 1"),
+        ("VIT_RETRIES", "-1", "must be a whole number of at least 0"),
+        ("VIT_CONCURRENCY", "0", "must be a whole number of at least 1"),
         ("VIT_CONCURRENCY", "inf", "is not a whole number"),
         ("VIT_TLS", "maybe", "is not 0 or 1"),
         ("VIT_TLS", "2", "is not 0 or 1"),
@@ -318,8 +318,8 @@ def test_settings_from_the_environment(
         ("VIT_TOKEN", "é", "is not printable ASCII"),
         ("VIT_HEADERS", "no colon", "name: value, name: value"),
         ("VIT_HEADERS", "accept: a,b", "give each header a line of its own"),
-        ("VIT_HEADERS", "bad name: x", "'bad name' is not the name of a text header"),
-        ("VIT_HEADERS", ": x", "is not the name of a text header"),
+        ("VIT_HEADERS", "bad name: x", "'bad name' is not a valid name for a gRPC text header"),
+        ("VIT_HEADERS", ": x", "is not a valid name for a gRPC text header"),
         ("VIT_HEADERS", "x: é", "the value of header 'x'"),
         ("VIT_CA_FILE", "/no/such.pem", r"/no/such\.pem': No such file"),
         ("VIT_CA_FILE", "/", "Is a directory"),
@@ -380,7 +380,10 @@ def test_arguments_win_over_the_environment(
 
 @pytest.mark.parametrize("url", ["ipv4:vit:8001", "ipv6:::1"])
 def test_what_is_no_address_to_grpc(url: str) -> None:
-    with Client(url) as client, pytest.raises(ConfigurationError, match=f"'{url}' is not an addr"):
+    with (
+        Client(url) as client,
+        pytest.raises(ConfigurationError, match=f"'{url}' is not a valid addr"),
+    ):
         client.model()
 
 
@@ -496,4 +499,4 @@ def test_a_proxy_does_not_come_between_two_programs_of_one_machine(
 
 def test_the_usual_http_port_is_recognised() -> None:
     with Client("localhost:8000", retries=0, timeout=5) as client:
-        assert "The one for gRPC is 8001" in client.health().problem
+        assert "Its gRPC port is 8001" in client.health().problem

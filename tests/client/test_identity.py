@@ -319,14 +319,14 @@ def test_embed_to_a_file_is_of_one_model(
     proxy.handle = handle_and_replace  # type: ignore[method-assign, assignment]
     ran = vit_client(proxy.url, *command)
     assert ran.returncode == 4, ran.stderr
-    assert f"{proxy.url} serves another model now" in ran.stderr
-    assert f"{partial} keeps what was done: delete it to begin anew" in ran.stderr
+    assert f"{proxy.url} now serves another model than the requested one" in ran.stderr
+    assert f"{partial} keeps the results so far: delete it to start over" in ran.stderr
     assert partial.exists()
     assert not output.exists()
 
     ran = vit_client(urls[1], *command)
     assert ran.returncode == 2
-    assert "images by another model than this server's: delete it to begin anew" in ran.stderr
+    assert "images by another model than this server's: delete it to start over" in ran.stderr
     assert all(number in ran.stderr for number in versions)
 
     # A server of the first model goes on, also where another has the same name.
@@ -341,6 +341,6 @@ def test_embed_to_a_file_is_of_one_model(
 
     ran = vit_client(urls[1], "similar", images[0], "--to", output)
     assert ran.returncode == 2
-    assert "is of another model than the server's" in ran.stderr
+    assert "is from another model than the server's" in ran.stderr
     ran = vit_client(proxy.url, "similar", images[0], "--to", output, "-n", "1")
     assert ran.stdout == f" 1.0000  {images[0]}\n"  # of the two, the one that it is of was asked

@@ -228,7 +228,9 @@ def test_what_http_libraries_answer(web: str) -> None:
     for library in (requests, httpx2):
         response = library.get(web)
         assert is_one_image(response)
-        with pytest.raises(Unusable, match=r"Response is an answer, not an image: pass its .conte"):
+        with pytest.raises(
+            Unusable, match=r"Response is an HTTP response, not an image: pass its .con"
+        ):
             encode(response, SIZE)  # type: ignore[arg-type]
         response.close()
 

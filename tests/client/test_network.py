@@ -69,7 +69,7 @@ def test_a_tls_handshake_that_ends_may_be_a_server_that_starts() -> None:
     with (
         listening(None) as url,
         Client(url, tls=True, retries=0) as client,
-        pytest.raises(Unavailable, match=r"TLS handshake got nowhere.*plain text"),
+        pytest.raises(Unavailable, match=r"TLS handshake failed.*plain text"),
     ):
         client.model()
 
@@ -118,30 +118,30 @@ def test_a_server_that_begins_nothing_is_given_up(url: str) -> None:
 @pytest.mark.parametrize(
     ("status", "kind", "words"),
     [
-        (302, AccessDenied, "does it want a login"),
+        (302, AccessDenied, "redirects us: does it require a login"),
         (308, AccessDenied, "grpcs://"),
-        (400, InvalidRequest, "refuses this"),
-        (401, AccessDenied, "wants another token or login"),
-        (403, AccessDenied, "does not let us in"),
-        (404, ModelNotServed, "knows of no gRPC server there"),
-        (405, ModelNotServed, "knows of no gRPC server there"),
+        (400, InvalidRequest, "rejects the request"),
+        (401, AccessDenied, "rejects the token or login"),
+        (403, AccessDenied, "denies access"),
+        (404, ModelNotServed, "has no gRPC server at this address"),
+        (405, ModelNotServed, "has no gRPC server at this address"),
         (407, AccessDenied, "login of its own"),
         (408, Unavailable, "whole request in time"),
-        (410, ModelNotServed, "knows of no gRPC server there"),
-        (411, InvalidRequest, "refuses this"),
-        (413, InvalidRequest, "allows no request as large"),
-        (414, InvalidRequest, "refuses this"),
-        (418, InvalidRequest, "refuses this"),
-        (421, ModelNotServed, "serves no such name"),
-        (429, Overloaded, "allows no more requests for now"),
-        (431, InvalidRequest, "headers, or token"),
+        (410, ModelNotServed, "has no gRPC server at this address"),
+        (411, InvalidRequest, "rejects the request"),
+        (413, InvalidRequest, "does not allow requests this large"),
+        (414, InvalidRequest, "rejects the request"),
+        (418, InvalidRequest, "rejects the request"),
+        (421, ModelNotServed, "does not serve this host name"),
+        (429, Overloaded, "allows no more requests at the moment"),
+        (431, InvalidRequest, "does not allow headers, or a token, this long"),
         (500, ServerError, "failed"),
         (501, ServerError, "failed"),
-        (502, Unavailable, "does not reach the server"),
-        (503, Overloaded, "has too much to do, or no server"),
-        (504, Unavailable, "no answer from the server in time"),
-        (520, Unavailable, "does not reach the server"),
-        (524, Unavailable, "no answer from the server in time"),
+        (502, Unavailable, "cannot reach the server"),
+        (503, Overloaded, "is overloaded, or has no server"),
+        (504, Unavailable, "got no response from the server in time"),
+        (520, Unavailable, "cannot reach the server"),
+        (524, Unavailable, "got no response from the server in time"),
     ],
 )
 def test_what_a_proxy_answers(status: int, kind: type[VitClientError], words: str) -> None:
@@ -150,7 +150,7 @@ def test_what_a_proxy_answers(status: int, kind: type[VitClientError], words: st
             client.model()
         assert type(caught.value) is kind
         text = str(caught.value)
-        assert text.startswith(f"a proxy before {peer.url} {words}") or words in text
+        assert text.startswith(f"a proxy in front of {peer.url} {words}") or words in text
         assert str(status) in text
         assert "UNKNOWN" not in text
 
@@ -183,6 +183,6 @@ def test_what_the_proxy_of_the_environment_answers(
         monkeypatch.setenv("grpc_proxy", f"http://{url}")
         with (
             Client("vit.example:8001", retries=0) as client,
-            pytest.raises(kind, match=f"the proxy to the network .*{status}"),
+            pytest.raises(kind, match=f"the outgoing proxy .*{status}"),
         ):
             client.model()

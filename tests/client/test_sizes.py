@@ -100,7 +100,7 @@ def test_large_files_are_not_read(client: Client, tmp_path: Path) -> None:
     assert [error.name for error in caught.value.errors] == [str(huge), str(large)]
     assert [result is None for result in caught.value.results] == [False, True, False, True, False]
     assert str(caught.value.errors[0]).endswith(
-        "video.mp4: is 2.1 GiB, too large (the server takes 64.0 MiB in a request): "
+        "video.mp4: is 2.1 GiB, too large (the server accepts 64.0 MiB per request): "
         "save it as JPEG, or pass a PIL image"
     )
     items = list(client.stream([photo, huge, photo], on_error="skip"))
@@ -120,7 +120,7 @@ class Endless(io.RawIOBase):
 
 def test_of_an_open_file_no_more_is_read_than_can_be_sent() -> None:
     file = Endless()
-    with pytest.raises(Unusable, match=r"is too large \(the server takes 1\.0 MiB"):
+    with pytest.raises(Unusable, match=r"is too large \(the server accepts 1\.0 MiB"):
         encode(file, (64, 64), MIB)
     assert file.given == MIB + 1
 

@@ -204,7 +204,7 @@ def test_malformed_requests_of_others_that_do_not_end(proxy: Proxy) -> None:
             errors = list(pool.map(call, range(50)))
     # The last try of a call may be cut off by its deadline.
     assert {type(error) for error in errors} <= {Unavailable, DeadlineExceeded}
-    assert any("a malformed request beside it (in ensemble" in str(error) for error in errors)
+    assert any("another client's malformed request (in ensemble" in str(error) for error in errors)
     assert proxy.inferences <= 50 + 10 + 40 * (time.monotonic() - begun)
 
 
@@ -416,7 +416,10 @@ def test_the_http_port(tiny_server: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("vat", "does not serve the vit models"), ("preprocess", "not the one this client is for")],
+    [
+        ("vat", "does not serve the vit models"),
+        ("preprocess", "not the one this client is made for"),
+    ],
 )
 def test_a_server_with_other_models(
     client: Client, monkeypatch: pytest.MonkeyPatch, name: str, words: str

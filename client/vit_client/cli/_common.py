@@ -50,7 +50,7 @@ def connect(options: Namespace) -> Client:
 def warn_if_untrained(client: Client) -> None:
     """The numbers of a random model look like any others."""
     if not client.model().trained:
-        warning("untrained weights: labels mean nothing")
+        warning("untrained weights: labels are meaningless")
 
 
 def progress(*, output_on_stdout: bool = True) -> Progress:

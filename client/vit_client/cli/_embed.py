@@ -78,13 +78,13 @@ def _model(client: Client, output: Path) -> Model:
 
 
 def _kept(journal: Journal, *, gone: bool) -> str:
-    kept = f"{shortened(journal.path)} keeps what was done"
+    kept = f"{shortened(journal.path)} keeps the results so far"
     if gone:
         return (
-            f"{kept}: delete it to begin anew with the model that answers now, or give the --url "
-            "of a server with the one from before to the same command, which goes on from there"
+            f"{kept}: delete it to start over with the current model, or resume with the same "
+            "command and the --url of a server with the previous one"
         )
-    return f"{kept}: the same command goes on from there"
+    return f"{kept}: the same command resumes from there"
 
 
 def _keep_other_images(output: Path, names: Sequence[str]) -> None:
@@ -103,8 +103,8 @@ def _keep_other_images(output: Path, names: Sequence[str]) -> None:
     if lost:
         raise ConfigurationError(
             f"{shortened(output)} has {len(lost)} images that are not among these {len(names)}, "
-            f"{shortened(lost[0])} for one; --overwrite replaces it (xargs runs the command once "
-            "for each batch: give all names to one run, with --files-from -)"
+            f"for example {shortened(lost[0])}; --overwrite replaces it (xargs runs the command "
+            "once for each batch: give all names to one run, with --files-from -)"
         )
 
 
@@ -140,7 +140,7 @@ def _embed_missing(
     done = journal.done(names) - {STDIN}
     missing = [name for name in names if name not in done]
     if done:
-        note(f"resuming: {len(done)} of {len(names)} images are done already")
+        note(f"resuming: {len(done)} of {len(names)} images are already done")
     failed = set()
     bar = progress(output_on_stdout=False)
     task: Task = "analyze" if top_k else "embed"
@@ -157,7 +157,7 @@ def _embed_missing(
         if item.error is None:
             versions.add(item.model_version)
             if len(versions) > 1:  # the first one's builder has given it no number to ask for
-                raise ModelChanged(f"{client.model().name}: another model answers now")
+                raise ModelChanged(f"{client.model().name}: another model is now served")
             journal.add(name, item.result if top_k else Analysis([], item.result))
         else:
             error(f"{shortened(name)}: {item.error.reason}")

@@ -57,7 +57,7 @@ def features_to_file(options: Namespace) -> int:
         try:
             photo = decoded(io.BytesIO(source.data))
         except Exception as failure:  # Pillow raises nearly anything
-            error(f"{shortened(names[0])}: no picture, for Pillow cannot read it here ({failure})")
+            error(f"{shortened(names[0])}: no picture: Pillow cannot read it here ({failure})")
             return IMAGES_FAILED
         picture(photo, neck, Path(options.picture))
         print(f"{options.picture}: the image, and its first three principal components")

@@ -123,7 +123,7 @@ class _Walk:
             status = Path(self._named(path)).stat()
         except OSError as error:
             if _may_be_wanted(path):
-                why = "a dead link" if isinstance(error, FileNotFoundError) else "a link"
+                why = "a broken link" if isinstance(error, FileNotFoundError) else "a link"
                 self._found.unreadable.append((self._named(path), f"{why} ({reason(error)})"))
             else:
                 self._skip(path)
@@ -143,7 +143,9 @@ class _Walk:
 
     def _take_special(self, path: str) -> None:
         if _suffix(path) in SUFFIXES:
-            self._found.unreadable.append((self._named(path), "a pipe, socket or device, no file"))
+            self._found.unreadable.append(
+                (self._named(path), "a pipe, socket or device, not a file")
+            )
 
     def _skip(self, path: str) -> None:
         self._found.skipped[_suffix(path)] += 1

@@ -41,8 +41,8 @@ def _print(found: Health, model: Model | None) -> None:
     if model:
         height, width = model.image_size
         print(f"model      {model.name} version {model.version}, {model.precision}")
-        print(f"built by   vit-builder {model.builder_version or 'of an unknown version'}")
-        print(f"weights    {'trained' if model.trained else 'random: labels mean nothing'}")
+        print(f"built by   vit-builder {model.builder_version or '(unknown version)'}")
+        print(f"weights    {'trained' if model.trained else 'random: labels are meaningless'}")
         print(f"image      {width} × {height} pixels, up to {model.max_batch_size} in a request")
         print(
             f"answers    {model.classes} classes, {model.embedding_size} numbers, "

@@ -43,7 +43,7 @@ def expand(options: Namespace) -> tuple[list[str], bool]:
         raise ConfigurationError("standard input is either an image or a list of names, not both")
     listed = _listed(options.files_from, null=options.null) if options.files_from else []
     if not listed and not options.images:
-        raise ConfigurationError(f"{_shown(options.files_from)}: no names in it")
+        raise ConfigurationError(f"{_shown(options.files_from)}: it contains no names")
     asked = _Asked()
     for argument in options.images:
         asked.add(argument, options.exclude)
@@ -110,13 +110,16 @@ def _listed(file: str, *, null: bool) -> list[str]:
     except OSError as failure:
         raise ConfigurationError(f"{shown}: {reason(failure)}") from None
     if len(data) > _LIST_BYTES:
-        raise ConfigurationError(f"{shown}: over {_LIST_BYTES >> 20} MiB are no list of names")
+        raise ConfigurationError(
+            f"{shown}: more than {_LIST_BYTES >> 20} MiB: is it a list of names?"
+        )
     if not null and b"\0" in data:
         raise ConfigurationError(
-            f"{shown}: it has NULs: add -0 if they end its names, or is it no list of names?"
+            f"{shown}: it contains NULs: add -0 if they end the names, or is it not a list "
+            "of names?"
         )
     if null and b"\0" not in data and b"\n" in data:
-        raise ConfigurationError(f"{shown}: it has a name a line: leave out -0")
+        raise ConfigurationError(f"{shown}: it has one name per line: leave out -0")
     if null:
         names = data.split(b"\0")
     else:  # Windows has a mark at the beginning, and ends lines with \r\n

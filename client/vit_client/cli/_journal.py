@@ -85,7 +85,7 @@ class Journal:
             path = shortened(self.path)
             raise ConfigurationError(
                 f"{path} has {images} images by another model than this server's: delete it to "
-                "begin anew, or give the --url of a server with that model "
+                "start over, or give the --url of a server with that model "
                 f"({shortened(left)}; this one: {shortened(model)})"
             )
 

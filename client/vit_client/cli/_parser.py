@@ -18,55 +18,60 @@ from ._health import health
 from ._similar import similar
 
 _DESCRIPTION = """\
-Ask a Triton server what is in images.
+Classify images, and compute their embeddings and feature maps, on a Triton server.
 
-  vit-client classify cat.jpg                    what is it? the best five classes
-  vit-client classify photos/ --json             every image below a folder, as JSON lines
-  vit-client embed photos/ -o photos.npz         what is it like? a vector for each image
-  vit-client analyze photos/ --json              both, from a single forward pass
-  vit-client similar cat.jpg --to photos.npz     the images most like this one
-  vit-client features cat.jpg --picture out.png  where is what? patches alike in one colour
-  vit-client health                              is the server there, and what does it serve?
+examples:
+  vit-client classify cat.jpg                    the five best classes
+  vit-client classify photos/ --json             all images below a folder, as JSON lines
+  vit-client embed photos/ -o photos.npz         an embedding for each image, into a file
+  vit-client analyze photos/ --json              classes and embedding, from one forward pass
+  vit-client similar cat.jpg --to photos.npz     the images most similar to this one
+  vit-client features cat.jpg --picture out.png  feature map, similar patches in similar colours
+  vit-client health                              check the server, and show what it serves
 """
 
 _IMAGES = """\
 An IMAGE is a file, a folder, a quoted pattern such as 'img/**/*.jpg', or - for one image on
-standard input. After -- all are IMAGEs, also -o.jpg (or write ./-o.jpg).
+standard input. Everything after -- is an IMAGE, even -o.jpg (or write ./-o.jpg).
 
-From a folder come all files below it with an image's suffix (.jpg, .png, …), links included; not
-hidden ones, nor those in @eaDir, #recycle and other such litter. One line tells what was skipped.
+A folder stands for all image files below it (.jpg, .png, …), symbolic links included, hidden files
+and system folders such as @eaDir and #recycle excluded. One line reports what was skipped.
 
-For more names than a command line holds, which xargs would cut up:
+For more names than fit on a command line (xargs would split them into several runs):
   find photos -name '*.jpg' -print0 | vit-client embed --files-from - -0 -o photos.npz
-Each of these names is a file, as it is: not a folder, nor a pattern.
+Each of these names must be a file, not a folder or a pattern.
 """
 
 _SHEET = """\
-To look rather than read: vit-client classify photos/ --sheet sheet.png
+To see the images with their classes: vit-client classify photos/ --sheet sheet.png
 """
 
 _SIMILAR = """\
-FILE is what `vit-client embed -o` wrote.
+FILE is an output of `vit-client embed -o`.
 
-To look rather than read: vit-client similar cat.jpg --to photos.npz --sheet alike.png
-It shows the images that FILE names: run it in the folder that `embed` was run in.
+To see the images found: vit-client similar cat.jpg --to photos.npz --sheet alike.png
+It reads the images under the names in FILE: run it in the folder where you ran `embed`.
 """
 
 _KEPT = """\
-Into one file, and resumed if interrupted: vit-client embed photos/ -o photos.parquet --top-k 5
+To write one file, resumable if interrupted: vit-client embed photos/ -o photos.parquet --top-k 5
 """
 
 _ENVIRONMENT = """\
-Settings come from the environment too: VIT_URL, VIT_TIMEOUT, VIT_RETRIES, VIT_CONCURRENCY,
+Settings can also be given in the environment: VIT_URL, VIT_TIMEOUT, VIT_RETRIES, VIT_CONCURRENCY,
 VIT_TOKEN, VIT_HEADERS ("name: value, …"), VIT_TLS, VIT_CA_FILE, VIT_CERT_FILE, VIT_KEY_FILE,
 VIT_AUTHORITY.
 """
 
 _EXIT_CODES = """\
-Exit codes: 0 all answered, 1 some images could not be used (the others were answered), 2 wrong
-usage (also an output with other images in it), 3 no server, no answer in time or overloaded (later
-may work), 4 the server refused or failed, 5 the output cannot be written (a full disk, no
-permission), 130 interrupted (a second Ctrl-C ends it at once).
+exit codes:
+  0    success, for all images
+  1    some images could not be used; the others were processed
+  2    wrong usage, or the output file contains other images
+  3    server unreachable or overloaded, or no answer in time: try again later
+  4    the server rejected the request or failed
+  5    the output cannot be written (disk full, no permission)
+  130  interrupted (a second Ctrl-C stops at once)
 """
 
 
@@ -91,9 +96,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if argument.startswith("-") and argument != "-" and os.path.lexists(argument):
             name = shortened(argument)
             top.error(
-                f"{name} reads as an option, but is also a file here: for the file write "
-                f"./{name} (./*.jpg for a pattern), or -- before all names; for the option go to "
-                "another folder"
+                f"{name} looks like an option, but is also a file here: for the file, write "
+                f"./{name} (./*.jpg for a pattern), or -- before all names; for the option, change "
+                "to another folder"
             )
     options = top.parse_args(given)
     if problem := _does_not_fit(options):
@@ -107,11 +112,11 @@ def _does_not_fit(options: argparse.Namespace) -> str:
     if "images" in given and not options.images and not options.files_from:
         return "the following arguments are required: IMAGE (or --files-from FILE)"
     if given.get("null") and not options.files_from:
-        return "-0 goes with --files-from"
+        return "-0 needs --files-from"
     if given.get("overwrite") and not options.output:
-        return "--overwrite goes with -o"
+        return "--overwrite needs -o"
     if options.task == "embed" and options.top_k and not options.output:
-        return "--top-k goes with -o; to print classes and vectors there is vit-client analyze"
+        return "--top-k needs -o; to print classes and embeddings, use vit-client analyze"
     return ""
 
 
@@ -140,7 +145,7 @@ def _classify(verbs: Any) -> None:
         verbs, "classify", "the most likely classes, best first", answer, f"{_IMAGES}\n{_SHEET}"
     )
     _takes_images(verb)
-    _takes_top_k(verb, 5, "how many classes (default 5)")
+    _takes_top_k(verb, 5, "number of classes (default: 5)")
     _prints(verb, csv=True)
     _draws_sheet(verb, "also draw the images, with their best classes: a .png, .jpg, …")
 
@@ -152,7 +157,7 @@ def _probabilities(verbs: Any) -> None:
 
 
 def _embed(verbs: Any) -> None:
-    what = "a vector for each image; similar images have similar vectors"
+    what = "an embedding for each image; similar images have similar embeddings"
     verb = _verb(verbs, "embed", what, _embed_anywhere, _IMAGES)
     _takes_images(verb)
     form = _prints(verb, csv=True)
@@ -160,11 +165,14 @@ def _embed(verbs: Any) -> None:
         "-o",
         "--output",
         metavar="FILE",
-        help="write a .npz, .safetensors or .parquet file; interrupted, the same command goes on",
+        help="write a .npz, .safetensors or .parquet file; the same command resumes it if "
+        "interrupted",
     )
-    _takes_top_k(verb, None, "write the best N classes too, from the same pass (.npz and .parquet)")
+    _takes_top_k(
+        verb, None, "also write the best N classes, from the same forward pass (.npz and .parquet)"
+    )
     verb.add_argument(
-        "--overwrite", action="store_true", help="replace FILE even if it has other images"
+        "--overwrite", action="store_true", help="replace FILE even if it contains other images"
     )
 
 
@@ -185,27 +193,32 @@ def _features(verbs: Any) -> None:
 
 
 def _analyze(verbs: Any) -> None:
-    what = "the most likely classes and the vector, from a single forward pass"
+    what = "the most likely classes and the embedding, from a single forward pass"
     verb = _verb(verbs, "analyze", what, answer, f"{_IMAGES}\n{_KEPT}")
     _takes_images(verb)
-    _takes_top_k(verb, 5, "how many classes (default 5)")
+    _takes_top_k(verb, 5, "number of classes (default: 5)")
     _prints(verb, csv=False)
 
 
 def _similar(verbs: Any) -> None:
-    what = "the images most like a query, by cosine of their vectors"
+    what = "the images most similar to a query, by cosine of their embeddings"
     verb = _verb(verbs, "similar", what, similar, _SIMILAR)
     verb.add_argument("query", metavar="IMAGE", help="file, or - for standard input")
-    verb.add_argument("--to", metavar="FILE", required=True, help="the vectors to compare with")
+    verb.add_argument("--to", metavar="FILE", required=True, help="file of embeddings to search")
     verb.add_argument(
-        "-n", "--number", type=_positive, default=10, metavar="N", help="how many (default 10)"
+        "-n",
+        "--number",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="number of images (default: 10)",
     )
     _prints(verb, csv=False)
     _draws_sheet(verb, "also draw the query and the images found: a .png, .jpg, …")
 
 
 def _health(verbs: Any) -> None:
-    what = "does the server answer a real image, and what does it serve?"
+    what = "check that the server answers a real image, and show what it serves"
     verb = _verb(verbs, "health", what, health, "")
     _prints(verb, csv=False)
 
@@ -219,9 +232,16 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
         formatter_class=_Help,
     )
     verb.set_defaults(run=run, task=name, verb=verb)
-    verb.add_argument("--url", metavar="HOST:PORT", help="the server (VIT_URL, localhost:8001)")
     verb.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for one request (VIT_TIMEOUT, 60)"
+        "--url",
+        metavar="HOST:PORT",
+        help="address of the server (default: VIT_URL, else localhost:8001)",
+    )
+    verb.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="time limit for one request (default: VIT_TIMEOUT, else 60)",
     )
     return verb
 
@@ -238,17 +258,21 @@ def _takes_images(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--files-from",
         metavar="FILE",
-        help="take names of images from FILE, one a line (- for standard input)",
+        help="read names of images from FILE, one per line (- for standard input)",
     )
     verb.add_argument(
-        "-0", "--null", action="store_true", help="these names end with NUL, as from find -print0"
+        "-0",
+        "--null",
+        action="store_true",
+        help="the names in FILE end with NUL, as find -print0 writes them",
     )
     verb.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="from a folder: leave out files and folders of such a name or path; may be repeated",
+        help="leave out files and folders with this name or path when reading a folder; may be "
+        "repeated",
     )
 
 
@@ -258,7 +282,7 @@ def _takes_top_k(verb: argparse.ArgumentParser, default: int | None, what: str) 
 
 def _prints(verb: argparse.ArgumentParser, *, csv: bool) -> Any:
     form = verb.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print one JSON object a line")
+    form.add_argument("--json", action="store_true", help="print JSON, one object per line")
     if csv:
         form.add_argument("--csv", action="store_true", help="print a table with a header")
     return form

@@ -70,8 +70,8 @@ def _embed(client: Client, options: Namespace, asked: ImageLike, model: str) -> 
         same = bool(version) or not model or told == _older(describe(client.model()))
     if not same:
         raise ConfigurationError(
-            f"{shortened(options.to)} is of another model than the server's, and embeddings of two "
-            f"models cannot be compared ({shortened(model)}; the server's: "
+            f"{shortened(options.to)} is from another model than the server's, and embeddings of "
+            f"two models cannot be compared ({shortened(model)}; the server's: "
             f"{shortened(describe(client.model()))})"
         )
     return query

@@ -61,8 +61,8 @@ def check(path: Path, *, classes: bool) -> None:
         raise ConfigurationError(f"{shortened(path)}: the name must end in {', '.join(_FORMATS)}")
     if classes and path.suffix == ".safetensors":
         raise ConfigurationError(
-            f"{shortened(path)}: .safetensors holds no text, and so no classes: with --top-k the "
-            "name must end in .npz or .parquet"
+            f"{shortened(path)}: .safetensors cannot store text, and so no classes: with --top-k "
+            "the name must end in .npz or .parquet"
         )
     if path.suffix == ".parquet":
         _pyarrow("parquet")
