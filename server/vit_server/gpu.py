@@ -1,26 +1,26 @@
-"""Whether there is a GPU to use, as CUDA's driver says, and tritonserver's settings for it.
+"""Checks for a GPU, by asking CUDA's driver, and tritonserver's settings for it.
 
-Left to itself, Triton takes the CPU where it sees no GPU: in fp16, at over a second an image, and
-ready. So a repository that is built for a GPU says so (KIND_GPU), and is not served without one.
+Without a GPU, Triton would fall back to the CPU: in fp16, at over a second per image, and still
+report ready. So a repository built for a GPU says so (KIND_GPU), and is not served without one.
 """
 
 import ctypes
 
 from .tritonserver import ServerError
 
-# All outputs of 64 images are 39 MB, and some of that is under way at once. By default there are
-# 64 MiB on the GPU and 256 on the host, and what finds no place there is copied once more.
+# All outputs of 64 images take 39 MB, and several batches are in flight at once. The defaults are
+# 64 MiB on the GPU and 256 on the host; what does not fit there is copied once more.
 CUDA_POOL = 512 << 20
 PINNED_POOL = 1 << 30
-# That take requests for gRPC; two by default. Not in every Triton.
+# Threads that accept gRPC requests; 2 by default. Not every Triton has this flag.
 THREADS = "--grpc-infer-thread-count"
 
 
 def flags(help_text: str) -> list[str]:
-    """tritonserver's, for requests and answers at a GPU's rate.
+    """tritonserver's flags for requests and responses at a GPU's rate.
 
     Args:
-        help_text: tritonserver's own.
+        help_text: the output of tritonserver --help.
 
     Raises:
         ServerError: there is no GPU.

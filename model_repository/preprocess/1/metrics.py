@@ -1,9 +1,9 @@
-"""What Prometheus is told of the images themselves, beside Triton's own counts of requests.
+"""Metrics about the images themselves, in addition to Triton's own counters of requests.
 
-A Python model can have metrics in Triton's /metrics, but each change of one takes 13 to 45 µs of a
-core, in two processes. So threads only note what they have done, and a thread of its own tells
-Triton once a second how much each counter has grown. A histogram is counters too, one for each
-bucket: Triton's own kind of it takes one observation at a time.
+A Python model can add metrics to Triton's /metrics, but each update takes 13 to 45 µs of a core, in
+two processes. So worker threads only queue their observations, and a separate thread reports to
+Triton once a second by how much each counter has grown. A histogram consists of counters, one for
+each bucket, because Triton's own histograms accept only one observation at a time.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from contextlib import suppress
 import triton_python_backend_utils as pb_utils
 from decode import REASONS
 
-PAUSE = 1.0  # seconds between two times that Triton is told
+PAUSE = 1.0  # seconds between two reports to Triton
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 # Up to 0.001 are health checks and warm-up: the alert VitNoTraffic does not count these.
 MEGAPIXELS = (0.001, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
@@ -35,12 +35,12 @@ class Metrics:
         self.megapixels = Histogram(
             "vit_preprocess_megapixels", "Megapixels of images that were decoded", MEGAPIXELS
         )
-        refused = Family("vit_preprocess_refused_images_total", "Images refused, by reason")
+        refused = Family("vit_preprocess_refused_images_total", "Rejected images, by reason")
         self.refused = {reason: Counter(refused, reason=reason) for reason in REASONS}
-        name, text = "vit_preprocess_refused_requests_total", "Requests with images refused"
+        name, text = "vit_preprocess_refused_requests_total", "Requests with at least one rejected image"
         self.refused_requests = Counter(Family(name, text))
         name = "vit_preprocess_held_back_seconds_total"
-        text = "Seconds that processes have waited because enough images wait for vit"
+        text = "Seconds that processes paused because enough images were queued for vit"
         self.held_back_seconds = Counter(Family(name, text))
         self.notes = deque()
         self.counters = [
@@ -62,7 +62,7 @@ class Metrics:
         try:
             for counter in self.counters:
                 counter.create()
-        except pb_utils.TritonModelException as e:  # of Triton's, so it may be without metrics
+        except pb_utils.TritonModelException as e:  # Triton may run with metrics disabled
             print(f"preprocess has no metrics: {e}", file=sys.stderr, flush=True)
             self.notes = deque(maxlen=0)
             return
