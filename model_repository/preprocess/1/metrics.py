@@ -37,7 +37,7 @@ class Metrics:
         )
         refused = Family("vit_preprocess_refused_images_total", "Rejected images, by reason")
         self.refused = {reason: Counter(refused, reason=reason) for reason in REASONS}
-        name, text = "vit_preprocess_refused_requests_total", "Requests with at least one rejected image"
+        name, text = "vit_preprocess_refused_requests_total", "Requests with rejected images"
         self.refused_requests = Counter(Family(name, text))
         name = "vit_preprocess_held_back_seconds_total"
         text = "Seconds that processes paused because enough images were queued for vit"
