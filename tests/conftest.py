@@ -84,16 +84,21 @@ def decoding() -> ModuleType:
 
 @contextlib.contextmanager
 def serving(
-    repository: Path, *arguments: str, errors: bool = False, under: Sequence[str] = ()
+    repository: Path,
+    *arguments: str,
+    errors: bool = False,
+    under: Sequence[str] = (),
+    bin: Path = BIN,
 ) -> Iterator[Server]:
     """Start vit-server as a user would, on free ports; stop it at the end.
 
     Args:
         errors: whether `process.stderr` is to be read.
         under: a command that ends by running what follows it.
+        bin: where vit-server is.
     """
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
-    command = [*under, BIN / "vit-server", "--model-repository", repository, *ports, *arguments]
+    command = [*under, bin / "vit-server", "--model-repository", repository, *ports, *arguments]
     stderr = subprocess.PIPE if errors else None
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
@@ -104,7 +109,7 @@ def serving(
                 if name == "Ready:":
                     break
             else:
-                pytest.fail(f"vit-server ended with exit code {process.wait()}")
+                pytest.fail(f"vit-server exited with code {process.wait()}")
             yield Server(process, said["gRPC"], said["HTTP"], said["metrics"], repository)
         finally:
             process.terminate()

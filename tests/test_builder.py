@@ -45,6 +45,7 @@ def test_repository_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
     ]
     assert [warmup.batch_size for warmup in found["vit"].model_warmup] == [1, 5]
     assert {key: value.string_value for key, value in found["vit"].parameters.items()} == {
+        "builder_version": vit_builder.__version__,
         "INFERENCE_MODE": "true",
         "DISABLE_OPTIMIZED_EXECUTION": "true",
         "model_name": "tiny",

@@ -75,7 +75,7 @@ def test_the_bound_of_a_server_that_tells_none(
     right = _wire.model
 
     def model(config: Any, version: str) -> Any:
-        changed = model_config_pb2.ModelConfig()
+        changed = type(config)()
         changed.CopyFrom(config)
         changed.parameters.pop("max_request_bytes", None)
         for name, value in told.items():
