@@ -31,8 +31,10 @@ demo: $(BUILT)
 serve: $(BUILT)
 	@exec $(BIN)/vit-server --model-repository models
 
+# Three files at a time: most of a test is waiting for a server. JOBS=0 takes one after the other.
+JOBS := 3
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Not part of `test`: it wants a Docker engine, or root and Debian's to start one. `-s` shows progress.
 containers: $(INSTALLED_DEV)
