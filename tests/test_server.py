@@ -291,6 +291,7 @@ def test_threads_that_openmp_does_not_take(
     assert f": OMP_NUM_THREADS={threads} is neither a number of threads nor" in said
 
 
+@pytest.mark.alone
 def test_it_leaves_alone_what_other_servers_have_made(tiny_repository: Path) -> None:
     with serving(tiny_repository) as first, serving(tiny_repository, errors=True) as second:
         before = environments()
@@ -500,6 +501,30 @@ def test_first_answer_on_a_machine_that_is_too_busy(tiny_repository: Path, tmp_p
     assert "Stub process 'preprocess_0_" in said[1]
 
 
+def test_start_on_a_machine_that_is_too_busy(tiny_repository: Path) -> None:
+    """Triton's Python backend aborts where a process is not heard of for ten seconds."""
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        held: set[int] = set()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            for pid in set(model_processes(process.pid, "preprocess")) - held:
+                if len(list(Path(f"/proc/{pid}/task").iterdir())) > 1:  # it is alive
+                    os.kill(pid, signal.SIGSTOP)
+                    until = min(until, time.monotonic() + 12)
+                    held.add(pid)
+            time.sleep(0.02)
+        for pid in held:
+            os.kill(pid, signal.SIGCONT)
+        assert any(line.startswith("Ready") for line in process.stdout or ())
+        process.terminate()
+        said = process.communicate(timeout=60)[1].splitlines()
+    assert [line for line in said if "starting again" in line] == [said[1]]
+    assert "got no CPU for too long while it started" in said[1]
+
+
 def test_what_a_killed_server_left_is_told_by_its_lock(tiny_repository: Path) -> None:
     """Not by its pid: in a container the next one's may be another, or the same."""
     ours = os.getpid()  # that lives, and is no vit-server
@@ -544,6 +569,18 @@ def test_ctrl_c_in_a_terminal_stops_it_once(tiny_repository: Path) -> None:
         assert "Traceback" not in (process.stderr.read() if process.stderr else "")
 
 
+def test_ctrl_c_while_it_is_imported(tiny_repository: Path) -> None:
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while "aiohttp" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 0)  # 0 where all was imported by then
+    assert "Traceback" not in errors
+
+
+@pytest.mark.alone
 def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
     before = environments()

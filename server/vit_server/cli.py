@@ -14,7 +14,7 @@ from pathlib import Path
 from . import gpu, installation, memory, options, probe, repository, tracing, tritonserver
 from .http_front import HttpFront
 from .installation import Installation
-from .process import STOPS, Crashed, TritonProcess, allow_all_files, say
+from .process import STOPS, Crashed, Stalled, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
 from .workspace import workspace
 
@@ -38,7 +38,7 @@ def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[st
     while True:
         try:
             return serve(found, args, flags)
-        except probe.Stalled as e:
+        except Stalled as e:
             if not tries_left or memory.told():
                 raise
             say(f"vit-server: {e}; starting again")

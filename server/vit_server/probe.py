@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tritonclient.utils import triton_to_np_dtype
 
-from .process import TritonProcess
+from .process import Stalled, TritonProcess
 from .tritonserver import KEY_HEADER, LOOPBACK, Ports, ServerError
 
 # The ensembles cover all models; each output is a batch of numbers except the labels.
@@ -36,10 +36,6 @@ _STALLED = re.compile("Stub process .* is not healthy")
 
 # A proxy from the environment must not come between two processes of one machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-class Stalled(ServerError):
-    """A model's process got no CPU for a second, which Triton takes for its end."""
 
 
 def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None:

@@ -53,6 +53,11 @@ _LEFT = "python_env_*"
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
+class Stalled(ServerError):
+    """A model's process got no CPU for so long that Triton gave it up: for a second, or for ten
+    while it starts. It may do on a second try."""
+
+
 class Crashed(ServerError):
     """tritonserver ended itself by a signal while it loaded the models."""
 
@@ -142,6 +147,8 @@ class TritonProcess:
         self._reader.join(timeout=5)
         log = [line.partition(r"\n\nAt:")[0] for line in self._log]  # without Python's traceback
         for line in log:
+            if "interprocess::lock_exception" in line:  # by which Triton's Python backend ends then
+                return Stalled("a model's process got no CPU for too long while it started")
             if found := _LOAD_FAILURE.search(line):
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
             if found := _WRONG_FLAG.search(line):

@@ -1,6 +1,7 @@
 """Clients of the tiny model, and images to ask about."""
 
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def photos(tmp_path: Path) -> Path:
     for seed in range(20):
         (folder / f"{seed:02}.png").write_bytes(encoded(seed))
     return folder
+
+
+def open_to_all(folder: Path) -> None:
+    """Other users may read what is in it."""
+    for each in (folder, *folder.parents):
+        if each == Path(tempfile.gettempdir()):
+            return
+        each.chmod(0o755)
 
 
 def images_seen(url: str, model: str) -> int:

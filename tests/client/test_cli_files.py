@@ -17,7 +17,7 @@ from vit_client.cli import _tables
 from vit_client.cli._embed import describe
 from vit_client.cli._features import principal_colours
 
-from .conftest import encoded
+from .conftest import encoded, open_to_all
 from .test_cli import COMMAND, vit_client
 
 DUPLICATES = Path(__file__).parents[2] / "client" / "examples" / "duplicates.py"
@@ -204,8 +204,7 @@ def test_a_folder_that_cannot_be_written_to(url: str, photos: Path, arguments: l
 def test_a_folder_of_somebody_else(photos: Path, tmp_path: Path, arguments: list[str]) -> None:
     """Is told before the work. As a user other than root, who may write anywhere."""
     verb, option, name = arguments
-    for folder in (photos, *list(photos.parents)[:3]):
-        folder.chmod(0o755)
+    open_to_all(photos)
     as_nobody = (
         "import os, sys; from vit_client.cli import main\n"
         "os.chdir('/'); os.setuid(65534) if os.getuid() == 0 else os.chmod(sys.argv[1], 0o555)\n"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from vit_client.cli._folders import SUFFIXES, images_below, what_was_skipped
 
-from .conftest import encoded
+from .conftest import encoded, open_to_all
 from .test_cli import COMMAND, vit_client
 
 PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1" / "decode.py"
@@ -92,8 +92,7 @@ def test_unreadable_folders_are_told(tmp_path: Path) -> None:
     """As a user who may not read them: the superuser may."""
     photos = fill(tmp_path, "a.png", "locked/b.png")
     (photos / "locked").chmod(0)
-    for folder in (photos, *list(photos.parents)[:2]):
-        folder.chmod(0o755)
+    open_to_all(photos)
     look = (
         "import os, sys; from vit_client.cli._folders import images_below\n"
         "if os.getuid() == 0: os.setuid(65534)\n"

@@ -16,6 +16,7 @@ from pathlib import Path
 
 HELD_UP = 0.7  # seconds: Triton looks once a second, and its own sign of life comes every 0.3
 SIGN = 0.3
+WAITED = 5  # seconds that a request may have waited for a core, after the process was let go on
 STEP = 0.25  # of the wall clock; with 0.7 it would be a second at once
 SLEEPS = re.compile(r"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
@@ -53,8 +54,8 @@ class Pulse:
     def check(self, begun):
         if now() - self.last[0] > self.interval or wall_clock() - self.offset > STEP:
             self.beat()  # the thread has not come to see it yet
-        # The request may have waited for longer than it was worked on.
-        if self.held_up > begun - 1:
+        # The request may have been there before the work on it began.
+        if self.held_up > begun - WAITED:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,0 +1,17 @@
+"""The command `vit-server`, also as `python -m vit_server`."""
+
+import signal
+
+
+def main() -> None:
+    """Entry point."""
+    # The imports take half a second, which Ctrl-C ends without a stack trace.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from . import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
