@@ -77,15 +77,18 @@ clean:
 	rm -rf .venv .venv-bench models my-models digits demo.png gpu-kit sbom embedding.f32 request.json \
 		request.bin answer.json sheet.png
 
+# Modules are compiled when they are first imported: the demo needs few, and starts half a minute earlier.
 $(INSTALLED): constraints.txt tools/find-python.sh */pyproject.toml examples/requirements.txt
 	@python=$$(tools/find-python.sh) && echo "Making .venv with $$python" && "$$python" -m venv .venv
 	@echo "Installing into .venv: a minute where torch comes without CUDA, else several GB …"
-	$(PIP) install --quiet -c constraints.txt -e builder -e 'server[embedded]' -e 'client[all]' \
-		-r examples/requirements.txt
+	$(PIP) install --quiet --no-compile -c constraints.txt -e builder -e 'server[embedded]' \
+		-e 'client[all]' -r examples/requirements.txt
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements-dev.txt bench/load/requirements.txt
-	$(PIP) install --quiet -c constraints.txt -r requirements-dev.txt
+	$(PIP) install --quiet --no-compile -c constraints.txt -r requirements-dev.txt
+	@# All of it here: where tests import it, what a compiler warns of would be an error.
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 # The servers that a user would pick instead, apart from .venv.

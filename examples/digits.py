@@ -48,7 +48,7 @@ def normalised(images: np.ndarray) -> torch.Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def train(images: np.ndarray, classes: np.ndarray, epochs: int = 30) -> ViT:
+def train(images: np.ndarray, classes: np.ndarray, epochs: int = 15) -> ViT:
     torch.manual_seed(0)
     network = ViT(CONFIG)
     for parameter in (network.reg_tokens, network.pos_embedding):
