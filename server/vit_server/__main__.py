@@ -4,8 +4,8 @@ import signal
 
 
 def main() -> None:
-    """Entry point."""
-    # The imports take half a second, which Ctrl-C ends without a stack trace.
+    """Run the command."""
+    # The imports take half a second; Ctrl-C during them must not print a stack trace.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from . import cli

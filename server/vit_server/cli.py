@@ -20,7 +20,7 @@ from .workspace import workspace
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     args, flags = options.read(sys.argv[1:])
     try:
         found = installation.find(args.tritonserver)
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[str]) -> int:
-    """`serve`, again where that may help, or may tell why it does not."""
+    """Call `serve`; retry it after a failure if that may help or reveal the reason."""
     tries_left = 2
     while True:
         try:
@@ -46,7 +46,7 @@ def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[st
         except Crashed as e:
             if memory.told():
                 raise
-            # A warm-up that fails ends Triton without a reason (139, or 134), most of the time.
+            # A failing warm-up mostly crashes Triton without a reason (exit code 139 or 134).
             say(f"vit-server: {e}; starting it once more without warm-up, to find the reason")
             serve(found, args, flags, warm_up=False)
             raise
@@ -55,16 +55,16 @@ def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[st
 def serve(
     found: Installation, args: argparse.Namespace, flags: list[str], *, warm_up: bool = True
 ) -> int:
-    """Run tritonserver, with further flags of its own, until it ends; the exit code.
+    """Run tritonserver, with additional flags for it, until it exits; return the exit code.
 
-    Without `warm_up` it only tries whether the models answer.
+    Without `warm_up`, only check that the models answer, then stop.
 
     Raises:
-        ServerError: it cannot start, or a model's process has ended.
+        ServerError: it cannot start, or a model's process has exited.
     """
     for number in STOPS:
         signal.signal(number, _leave)  # until there is a tritonserver to stop
-    allow_all_files()  # here, where HTTP comes in, and in tritonserver
+    allow_all_files()  # for this process, which accepts HTTP, and for tritonserver
     repository.check(args.model_repository)
     tls = _tls(args)
     key = _admin_key() or secrets.token_hex(16)
@@ -81,7 +81,7 @@ def serve(
         largest = 0 if warm_up else repository.without_warm_up(models)
         if repository.for_gpu(models):
             flags = [*gpu.flags(installation.help_text(found)), *flags]
-            env["VIT_DEVICE"] = "cuda"  # nowhere else, whatever torch says
+            env["VIT_DEVICE"] = "cuda"  # no fallback to the CPU if torch sees no GPU
         opened.enter_context(HttpFront(ports.routes, repository.max_request_bytes(models)))
         flags = [*tritonserver.log_flags(args.verbose), *flags]
         ours = [
@@ -90,7 +90,7 @@ def serve(
             *(tracing.flags(args.otlp, args.trace_rate or 0) if args.otlp else []),
         ]
         command = tritonserver.command(found.binary, ours, own.shm_prefix, flags)
-        # preprocess looks there how much waits for vit.
+        # preprocess reads there how many requests are pending for vit.
         env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
         python_models = {name: repository.processes(models, name) for name in found.python_models}
         process = TritonProcess(command, env, python_models, args.verbose)
@@ -107,7 +107,7 @@ def serve(
             _tell(ports, tls, args)
             code = _run(process, ports, models)
         finally:
-            opened.close()  # its connections take the files that the rest needs
+            opened.close()  # frees file descriptors, which the cleanup below needs
             process.close()
     if not process.stopping:
         say(f"vit-server: tritonserver exited with code {code}{memory.told()}")
@@ -115,7 +115,7 @@ def serve(
 
 
 def _run(process: TritonProcess, ports: Ports, models: Path) -> int:
-    """Until it has ended, or was told to and has answered what it had; the exit code."""
+    """Wait until it exits, or drain and stop it on a signal; return the exit code."""
     process.watch(models)
     if not process.stopping:
         return process.stop()
@@ -127,16 +127,16 @@ def _run(process: TritonProcess, ports: Ports, models: Path) -> int:
 
 
 def _admin_key() -> str:
-    """What opens the closed calls, without the newline that files and Secrets end in."""
+    """Return the key for the restricted calls, without the newline that files and Secrets have."""
     key = os.environ.get("VIT_ADMIN_KEY", "").strip()
-    if not re.fullmatch(r"[!-~]*", key):  # what a header may have; it is told to nobody
+    if not re.fullmatch(r"[!-~]*", key):  # valid in a header; never printed
         raise ServerError("VIT_ADMIN_KEY must consist of visible ASCII characters, without spaces")
     return key
 
 
 def _leave(*_: object) -> None:
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)  # not again while files are removed
+        signal.signal(number, signal.SIG_IGN)  # let the cleanup finish
     sys.exit(0)
 
 
@@ -165,7 +165,7 @@ def _tls(args: argparse.Namespace) -> Tls | None:
     tls = Tls(args.tls_certificate, args.tls_key, args.tls_client_ca)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # With an empty password: it must not ask for one.
+        # An empty password, so that OpenSSL does not prompt for one.
         context.load_cert_chain(tls.certificate, tls.key, password="")
     except (OSError, ValueError) as e:
         raise ServerError(f"--tls-certificate {tls.certificate}, --tls-key {tls.key}: {e}") from e
@@ -177,20 +177,21 @@ def _tls(args: argparse.Namespace) -> Tls | None:
 
 
 def reserve_ports(args: argparse.Namespace, opened: contextlib.ExitStack) -> Ports:
-    """Sockets that listen for HTTP and metrics, which `opened` closes, and ports for tritonserver.
+    """Open listening sockets for HTTP and metrics, and find free ports for tritonserver.
 
-    The one for gRPC is seen to be free: Triton's own message does not name a taken one.
+    `opened` closes the sockets. The gRPC port is checked because Triton's own error does not name
+    a port that is in use.
 
     Raises:
-        ServerError: a port is taken, or the address is not this machine's.
+        ServerError: a port is in use, or the address is not one of this machine's.
     """
     chosen = [port for port in (args.grpc_port, args.http_port, args.metrics_port) if port]
     if len(set(chosen)) < len(chosen):
         raise ServerError("--grpc-port, --http-port and --metrics-port must differ")
     loopback = "::1" if ":" in args.host else LOOPBACK
-    # Triton has TLS for gRPC only: what must be encrypted must not leave this machine by HTTP.
+    # Triton has TLS for gRPC only: with TLS, unencrypted HTTP must stay on this machine.
     http_host = loopback if args.tls_certificate else args.host
-    with contextlib.ExitStack() as held:  # held together, so that no two are the same
+    with contextlib.ExitStack() as held:  # all open at once, so that no port is picked twice
         grpc = held.enter_context(_listen(args.host, "grpc", args.grpc_port))
         http = opened.enter_context(_listen(http_host, "http", args.http_port))
         metrics = opened.enter_context(_listen(args.host, "metrics", args.metrics_port))

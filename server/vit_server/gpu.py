@@ -31,7 +31,7 @@ def flags(help_text: str) -> list[str]:
 
 
 def _count() -> int:
-    """GPUs that this process may use."""
+    """Return the number of GPUs that this process may use."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,18 +1,18 @@
-"""The HTTP that callers see: whole requests of a bounded size, passed on to tritonserver.
+"""HTTP reverse proxy in front of tritonserver, which limits the size of requests.
 
-Triton's own HTTP does not survive what anybody may send it, at any path, the metrics' too:
+Any client can crash Triton's own HTTP server, on any path, including the metrics port:
 
-- What calls itself a form, as curl does of a body unless told, is parsed on a thread's stack, in
-  twice its size: 4 MiB end the process (triton-inference-server/server#5840, evhtp_parse_query of
+- A body with the content type of a form, curl's default, is parsed on a thread's stack, at twice
+  its size: 4 MiB crash the process (triton-inference-server/server#5840, evhtp_parse_query of
   libevhtp).
-- So do some 500,000 chunks of a byte (before Triton 25.09).
-- So does JSON that is nested 100,000 deep (before Triton 25.09); and JSON of millions of members
+- So do some 500,000 chunks of one byte (before Triton 25.09).
+- So does JSON nested 100,000 levels deep (before Triton 25.09); and JSON with millions of members
   takes hours of a core.
-- Nothing bounds what is taken into memory, or what gzip makes of a few bytes, before Triton 26.
-- An idle keep-alive connection holds up its end.
+- Before Triton 26 nothing limits the memory for bodies, or what a few bytes of gzip expand to.
+- An idle keep-alive connection delays its shutdown.
 
-So tritonserver listens on loopback, and this listens to others. Health has no body and is answered
-however much is under way.
+So tritonserver listens on loopback, and this proxy on the public address. Health checks have no
+body and are answered however many requests are in flight.
 """
 
 import asyncio
@@ -40,35 +40,35 @@ from yarl import URL
 from .tracing import unwanted
 
 MAX_REQUEST_BYTES = 64 << 20
-BODIES = 8  # of the largest size, that may be in memory at once
+BODIES = 8  # of the largest size; this much may be in memory at once
 BODY_SECONDS = 60  # for a body to arrive
-IDLE_SECONDS = 60  # of a connection without a request, or with half the head of one
-MAX_NESTING = 100  # of JSON, as in newer Tritons
-MAX_MEMBERS = 10_000  # of its objects, all together
-_STEPS = np.zeros(256, np.int32)  # into and out of JSON's arrays and objects
+IDLE_SECONDS = 60  # for a connection without a request, or with incomplete headers
+MAX_NESTING = 100  # levels of JSON, as in newer versions of Triton
+MAX_MEMBERS = 10_000  # in all objects of the JSON together
+_STEPS = np.zeros(256, np.int32)  # change of JSON's nesting depth, by byte
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
-# Of one connection, not of the message; a body is passed on whole, so its length is known.
+# Hop-by-hop headers. Content-Length too: a body is forwarded whole, with its own length.
 _HOP_BY_HOP = (
     *("Connection", "Keep-Alive", "Proxy-Authenticate", "Proxy-Authorization", "TE", "Trailer"),
     *("Transfer-Encoding", "Upgrade", "Expect", "Content-Length"),
 )
-_silent = logging.getLogger(__name__)  # of requests that are not HTTP aiohttp logs a stack trace
+_silent = logging.getLogger(__name__)  # aiohttp logs a stack trace for malformed HTTP
 _silent.setLevel(logging.CRITICAL + 1)
 
 
 class HttpFront:
-    """Passes requests on from sockets that listen to ports of loopback, in a thread of its own.
+    """Forwards requests from listening sockets to ports on loopback, in its own thread.
 
     Args:
-        routes: a port for each socket.
-        max_request_bytes: of a body, uncompressed.
+        routes: the port on loopback for each listening socket.
+        max_request_bytes: the limit for a body, uncompressed.
     """
 
     def __init__(self, routes: Mapping[socket.socket, int], max_request_bytes: int) -> None:
         self._routes = routes
         self._max = max_request_bytes
-        self._held = 0  # bytes of bodies that are in memory
-        self._idle_since: dict[object, float] = {}  # of each connection; inf while it has a request
+        self._held = 0  # bytes of request bodies in memory
+        self._idle_since: dict[object, float] = {}  # by connection; inf while it has a request
         self._session: ClientSession
         self._loop = asyncio.new_event_loop()
         self._stopped = asyncio.Event()
@@ -82,15 +82,15 @@ class HttpFront:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        # asyncio's own writes a stack trace where there are no files for more connections; those
-        # wait until others end.
+        # The default handler prints a stack trace when file descriptors run out; connections then
+        # simply wait until others close.
         self._loop.set_exception_handler(lambda *_: None)
         self._loop.run_until_complete(self.serve(self._stopped))
 
     async def serve(self, stopped: asyncio.Event) -> None:
-        """Until `stopped` is set."""
+        """Serve until `stopped` is set."""
         self._session = ClientSession(
-            # A connection for each request: Triton does not end before its idle ones do.
+            # A connection per request: Triton does not exit while idle connections are open.
             connector=TCPConnector(limit=0, force_close=True),
             timeout=ClientTimeout(total=None),
             auto_decompress=False,
@@ -112,7 +112,7 @@ class HttpFront:
         app.router.add_route(
             "*", "/{path:.*}", partial(self._handle, port), expect_handler=self._expect
         )
-        # Requests that are still under way are of a tritonserver that has ended.
+        # Requests still in flight belong to a tritonserver that has exited.
         runner = web.AppRunner(app, access_log=None, logger=_silent, shutdown_timeout=1)
         await runner.setup()
         await web.SockSite(runner, listening).start()
@@ -132,13 +132,13 @@ class HttpFront:
         if (request.content_length or 0) > self._max:
             return self._too_large()
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # so aiohttp does not count it as the answer
+        request.writer.output_size = 0  # so that aiohttp does not count it as the response
         return None
 
     async def _handle(self, port: int, request: web.Request) -> web.StreamResponse:
         if (request.content_length or 0) > self._max:
             return self._too_large()
-        if not request.raw_path.startswith("/"):  # a whole URL, as proxies are asked
+        if not request.raw_path.startswith("/"):  # an absolute URL, as sent to a proxy
             return _error(400, "this server is not a proxy")
         body: list[bytes] = []
         self._idle_since[request.protocol] = math.inf
@@ -161,7 +161,7 @@ class HttpFront:
             self._idle_since[request.protocol] = asyncio.get_running_loop().time()
 
     async def _receive(self, request: web.Request, body: list[bytes]) -> web.StreamResponse | None:
-        """Fill `body`, uncompressed; what to answer instead where it is too much."""
+        """Read `body`, uncompressed; return an error response if it is too large."""
         size = 0
         async for part in request.content.iter_any():
             body.append(part)
@@ -171,7 +171,7 @@ class HttpFront:
                 self._release(body)
                 return self._too_large()
             if self._held > BODIES * self._max:
-                self._release(body)  # now, or others would be refused for it too
+                self._release(body)  # now, so that it does not cause other requests to be rejected
                 return _error(503, "too many large requests are in flight: try again later")
         return None
 
@@ -184,12 +184,12 @@ class HttpFront:
     ) -> web.StreamResponse:
         headers = _passing(request.headers)
         if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
-            del headers["Content-Encoding"]  # aiohttp has undone it
+            del headers["Content-Encoding"]  # aiohttp has decompressed it
         if unwanted(headers):
             del headers["traceparent"]
         if "Content-Type" in headers:
-            headers["Content-Type"] = "application/octet-stream"  # Triton asks for none
-        # Triton 2.51 sends a body with the answer to HEAD, too.
+            headers["Content-Type"] = "application/octet-stream"  # Triton requires none
+        # Triton 2.51 sends a body in response to HEAD, too.
         method = "GET" if request.method == "HEAD" else request.method
         url = URL(f"http://127.0.0.1:{port}{request.raw_path}", encoded=True)
         if request.body_exists:
@@ -215,7 +215,7 @@ class HttpFront:
 
 
 def _json(body: list[bytes], headers: CIMultiDictProxy[str]) -> bytes:
-    """What Triton parses: up to where a header says that tensors begin, or all of it."""
+    """Return the part that Triton parses: up to the binary tensors, if a header gives a length."""
     ends = headers.getall("Inference-Header-Content-Length", [])
     if ends == ["0"]:
         return b""
@@ -224,8 +224,8 @@ def _json(body: list[bytes], headers: CIMultiDictProxy[str]) -> bytes:
 
 
 def nesting(text: bytes) -> int:
-    """How deep the arrays and objects of JSON are nested."""
-    # Without what is escaped each quote begins or ends a string.
+    """Return how deep the arrays and objects of JSON are nested."""
+    # Without escapes, each quote begins or ends a string.
     text = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     deepest = depth = quotes = 0
     for start in range(0, len(text), 1 << 20):
@@ -254,7 +254,7 @@ def _passing(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def _error(status: int, reason: str) -> web.StreamResponse:
-    """As Triton's own errors look. The connection ends: the rest of a body may still be coming."""
+    """Return an error in Triton's format; it closes the connection, as body may still arrive."""
     response = web.json_response({"error": reason}, status=status)
     response.headers["Server"] = "vit-server"
     response.force_close()

@@ -1,4 +1,4 @@
-"""Where tritonserver and its backends are: NVIDIA's, or those of the nvidia-pytriton wheel."""
+"""Finds tritonserver and its backends: NVIDIA's, or those of the nvidia-pytriton wheel."""
 
 import ctypes
 import math
@@ -22,26 +22,26 @@ _LIBTORCH = "libtriton_pytorch.so"
 
 @dataclass(frozen=True)
 class Installation:
-    """A tritonserver. Those of NVIDIA's have their backends beside them; the wheel has parts."""
+    """A tritonserver and its parts. NVIDIA's has a folder of backends; the wheel does not."""
 
     binary: Path
     python_backend: Path  # folder with libtriton_python.so
-    backends: Path | None  # all that are needed; None where `prepare` is to lay them out
-    stub: Path  # the process a Python model runs in
-    libraries: Path | None  # that the binary would not find
+    backends: Path | None  # all that are needed; None if `prepare` has to create the folder
+    stub: Path  # the executable that runs a Python model
+    libraries: Path | None  # folder to add to LD_LIBRARY_PATH for the binary
 
     @property
     def python_models(self) -> set[str]:
-        """The models that run in processes of their own."""
+        """Names of the models that run in processes of their own."""
         cpp = self.backends and (self.backends / "pytorch" / _LIBTORCH).exists()
         return {"preprocess", "postprocess"} | (set() if cpp else {"vit"})
 
 
 def find(root: Path | None = None) -> Installation:
-    """The tritonserver in `root`; without it NVIDIA's where that is installed, else the wheel's.
+    """Return the tritonserver in `root`; by default NVIDIA's if installed, else the wheel's.
 
     Raises:
-        ServerError: there is none, or it lacks a part.
+        ServerError: there is none, or it is incomplete.
     """
     if root is None and (NVIDIA / "bin" / "tritonserver").exists():
         root = NVIDIA
@@ -88,10 +88,10 @@ def _embedded() -> Installation:
 
 
 def prepare(installation: Installation, folder: Path) -> Path:
-    """The folder of backends, python and pytorch, for tritonserver. Raises ServerError.
+    """Return the folder with the backends python and pytorch. Raises ServerError.
 
-    Those of the wheel are copies (4 MB) in `folder`: Triton refuses one whose library is a link out
-    of its folder, and looks for the stub beside the library, where the wheel does not have it.
+    For the wheel they are copied (4 MB) to `folder`: Triton rejects a backend whose library is a
+    link out of its folder, and looks for the stub beside the library, where the wheel lacks it.
     """
     if installation.backends:
         return installation.backends
@@ -114,39 +114,40 @@ def prepare(installation: Installation, folder: Path) -> Path:
 
 
 def reason(error: OSError) -> str:
-    """Why a file, or one of several, could not be copied."""
+    """Return why a file, or the first of several, could not be copied."""
     if not isinstance(error, shutil.Error):
         return error.strerror or str(error)
-    first = str(error.args[0][0][2])  # its own list, where the text has the names once more
+    first = str(error.args[0][0][2])  # shutil.Error's first (source, destination, reason)
     found = re.match(r"\[Errno \d+\] ([^:]+)", first)
     return found[1] if found else first
 
 
 def environment(installation: Installation) -> dict[str, str]:
-    """The environment for tritonserver: its libraries, this Python for its stubs, and threads."""
-    # Vertex AI's variables would turn its endpoint on, and gRPC and HTTP off.
+    """Return tritonserver's environment: its libraries, this Python for its stubs, and threads."""
+    # Vertex AI's variables would enable its endpoint and disable gRPC and HTTP.
     env = {name: value for name, value in os.environ.items() if not name.startswith("AIP_")}
     if installation.libraries:
         libpython = sysconfig.get_config_var("LIBDIR") or ""
         paths = [str(installation.libraries), libpython, env.get("LD_LIBRARY_PATH", "")]
         env["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path)
-    # The stub embeds an interpreter that ignores PYTHONPATH and takes the virtual environment of
+    # The stub embeds an interpreter that ignores PYTHONPATH and uses the virtual environment of
     # the first `python3` on the PATH.
     env["PATH"] = f"{Path(sys.executable).parent}:{env.get('PATH', os.defpath)}"
     if not env.get("OMP_NUM_THREADS", "").strip():
         env["OMP_NUM_THREADS"] = str(cores())
-    # Without a limit OpenMP's threads spin while they wait, which collapses when `preprocess`
-    # takes a core (measured: 100 ms an image became 575 ms; so it is 262 ms).
+    # Without a limit OpenMP threads spin while they wait, and throughput collapses when
+    # `preprocess` takes a core (measured: 100 ms per image became 575 ms; with the limit, 262 ms).
     env.setdefault("GOMP_SPINCOUNT", "10000")
-    # On GPUs from Hopper on torch would take cuDNN's attention, which plans for each batch size
-    # anew, in each thread: 64 stalls (sdp_utils.cpp and cudnn/MHA.cpp in torch). Not measured yet.
+    # On Hopper and newer GPUs torch would prefer cuDNN's attention, which builds a new plan for
+    # each batch size in each thread: 64 stalls (sdp_utils.cpp and cudnn/MHA.cpp in torch). Not
+    # measured yet.
     env.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
     return env
 
 
 def help_text(installation: Installation) -> str:
-    """tritonserver's own."""
-    # 2.51 writes it to standard error, and ends with exit code 1.
+    """Return the output of tritonserver --help."""
+    # 2.51 writes it to standard error, and exits with code 1.
     done = subprocess.run(
         [str(installation.binary), "--help"],
         env=environment(installation),
@@ -159,12 +160,12 @@ def help_text(installation: Installation) -> str:
 
 
 def threads(env: dict[str, str]) -> int:
-    """The cores to use in an `environment`: the first of its numbers of threads for OpenMP.
+    """Return the cores to use in an `environment`: the first number in OMP_NUM_THREADS.
 
     The others are for nested threads.
 
     Raises:
-        ServerError: OpenMP would not take them.
+        ServerError: OpenMP would not accept the variable.
     """
     text = env["OMP_NUM_THREADS"]
     counts = [count.strip() for count in text.split(",")]
@@ -176,15 +177,15 @@ def threads(env: dict[str, str]) -> int:
 
 
 def cores() -> int:
-    """Cores this process may use: its affinity, and its cgroup's CPU quota where it has one."""
+    """Return the cores this process may use, by its affinity and its cgroup's CPU quota, if any."""
     count = len(os.sched_getaffinity(0))
     cgroups = Path("/sys/fs/cgroup")
-    files = [[cgroups / "cpu.max"]]  # version 2 of cgroups has both numbers in one file
+    files = [[cgroups / "cpu.max"]]  # cgroups v2 have both numbers in one file
     files += [[cgroups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period")]]
     for pair in files:
         if all(file.is_file() for file in pair):
             quota, period = " ".join(file.read_text() for file in pair).split()
-            if quota not in ("max", "-1"):  # none
+            if quota not in ("max", "-1"):  # no quota
                 count = min(count, math.ceil(int(quota) / int(period)))
     return max(1, count)
 

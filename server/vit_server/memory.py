@@ -1,4 +1,4 @@
-"""The memory limit: what it is, and whether the kernel has killed a process for it."""
+"""The memory limit, and whether the kernel has killed a process because of it."""
 
 import os
 import re
@@ -6,22 +6,22 @@ from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
-_COUNTERS = (_CGROUP / "memory.events", _CGROUP / "memory" / "memory.oom_control")  # versions 2, 1
+_COUNTERS = (_CGROUP / "memory.events", _CGROUP / "memory" / "memory.oom_control")  # cgroups v2, v1
 _LIMITS = (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes")
 _SCORE = Path("/proc/self/oom_score_adj")
 _FIRST = 300  # thousandths of the limit
 
 
 def limit() -> int:
-    """Bytes that this process' cgroup may take: its limit, as in a container, or the machine's."""
+    """Return this process's memory limit in bytes: its cgroup's, or the machine's memory."""
     for file in _LIMITS:
-        with suppress(OSError, ValueError):  # "max" in version 2; in version 1 some 2⁶³
+        with suppress(OSError, ValueError):  # no limit: "max" in v2, about 2⁶³ in v1
             return min(int(file.read_text()), _machine())
     return _machine()
 
 
 def limited() -> bool:
-    """Whether it has a limit of its own."""
+    """Return whether the cgroup has a limit below the machine's memory."""
     return limit() < _machine()
 
 
@@ -30,13 +30,13 @@ def _machine() -> int:
 
 
 def go_first() -> None:
-    """Have the kernel kill this process before the one that started it, which can say why."""
+    """Make the kernel kill this process before its parent, which can report the reason."""
     with suppress(OSError):
         _SCORE.write_text(str(min(1000, int(_SCORE.read_text()) + _FIRST)))
 
 
 def oom_kills() -> int:
-    """How many it was so far, as this process' cgroup has counted; 0 where none counts them."""
+    """Return the OOM kills that this process's cgroup has counted; 0 if it has no counter."""
     for file in _COUNTERS:
         with suppress(OSError):
             if found := re.search(r"^oom_kill (\d+)", file.read_text(), re.MULTILINE):
@@ -48,7 +48,7 @@ _before = oom_kills()
 
 
 def told() -> str:
-    """What to add to a message of a failure, where kills since the start explain it."""
+    """Return a suffix for error messages if OOM kills since the start explain the failure."""
     if not (kills := oom_kills() - _before):
         return ""
     processes = "a process" if kills == 1 else f"{kills} processes"

@@ -9,7 +9,7 @@ from . import __version__, tracing
 
 
 def read(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """`words` as options, and the flags for tritonserver after `--`.
+    """Parse `words`; return the options, and the flags for tritonserver after `--`.
 
     Exits with a message if they are wrong or ask for help.
     """

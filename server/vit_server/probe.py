@@ -1,6 +1,6 @@
-"""Questions to the running tritonserver: does every model answer, is it still at work.
+"""Checks of the running tritonserver: whether every model answers, and draining.
 
-Over HTTP, which has no TLS in Triton and so needs no certificate of a client.
+Over HTTP, which has no TLS in Triton and so needs no client certificate.
 """
 
 import json
@@ -17,7 +17,7 @@ from tritonclient.utils import triton_to_np_dtype
 from .process import Stalled, TritonProcess
 from .tritonserver import KEY_HEADER, LOOPBACK, Ports, ServerError
 
-# The ensembles cover all models; each output is a batch of numbers except the labels.
+# A numeric output of each ensemble; together the ensembles cover all models.
 ENSEMBLES = {
     "classify": "scores",
     "probabilities": "probabilities",
@@ -30,23 +30,23 @@ GRAY_PIXEL = b"P6 1 1 255\n\x80\x80\x80"  # a whole image, in PPM
 START_SECONDS = 600
 DRAIN_SECONDS = 30
 
-# Triton's words where a model's process has been silent for a second. On a machine that busy it is
-# the first answer that meets it.
+# Triton's error if a model's process has shown no sign of life for a second. On a machine that
+# busy, the first request gets it.
 _STALLED = re.compile("Stub process .* is not healthy")
 
-# A proxy from the environment must not come between two processes of one machine.
+# Ignore proxies from the environment: tritonserver runs on this machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None:
     """Return when every model has answered a real request, or the process was told to stop.
 
-    READY alone proves little: a model can be ready and fail on every request. And another server
-    may have taken the port in the last moment: only ours opens a closed call to that `key`.
+    READY alone proves little: a model can be ready and fail every request. And another server may
+    have taken the port at the last moment: only ours allows a restricted call with this `key`.
 
     Raises:
-        Stalled: it may do on a second try.
-        ServerError: it has ended, or a model does not answer.
+        Stalled: a model's process got no CPU; a second try may succeed.
+        ServerError: it has exited, or a model does not answer.
     """
     deadline = time.monotonic() + START_SECONDS
     while not process.stopping and not (
@@ -64,22 +64,22 @@ def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None
 
 
 def try_largest_batch(ports: Ports, images: int) -> None:
-    """What Triton's warm-up would try. Raises ServerError with the model's own reason."""
+    """Send the batch that warm-up would run. Raises ServerError with the model's own error."""
     _infer(ports, "embed", "embedding", images)
 
 
 def drain(process: TritonProcess, ports: Ports, models: Path) -> bool:
-    """Have every request answered that is there, and new ones refused. Whether that was done.
+    """Complete all accepted requests and reject new ones; return whether all were completed.
 
-    On a signal Triton 2.51 stops all models at once, and an image on its way from one to the next
-    is lost. But a model that goes from the repository is unloaded in its own time: it takes no
-    more requests, and those it has are answered.
+    On a signal Triton 2.51 stops all models at once, and a request between two steps of an
+    ensemble is lost. But a model removed from the repository is unloaded gracefully: it rejects
+    new requests and completes those it has.
     """
     for ensemble in ENSEMBLES:
         (models / ensemble).rename(models.with_name(f"drained-{ensemble}"))
     deadline = time.monotonic() + DRAIN_SECONDS
     while time.monotonic() < deadline and not process.exited() and not process.hurried:
-        # Triton looks once a second, and is not ready itself until what it unloads is gone.
+        # Triton polls once a second, and is not ready itself until it has unloaded the models.
         closed = all(_status(ports, f"models/{name}/ready") == 400 for name in ENSEMBLES)
         if closed and _status(ports, "health/ready") == 200:
             return True
@@ -92,7 +92,7 @@ def _url(ports: Ports, path: str) -> str:
 
 
 def _status(ports: Ports, path: str, key: str = "") -> int:
-    """Of HTTP; 0 where nobody answers."""
+    """Return the HTTP status; 0 if the server does not answer."""
     try:
         request = urllib.request.Request(_url(ports, path), headers={KEY_HEADER: key})
         with _opener.open(request, timeout=5) as response:

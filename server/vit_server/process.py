@@ -1,4 +1,4 @@
-"""tritonserver as a child process: started, watched, stopped, and nothing left behind."""
+"""tritonserver as a child process: starts, watches and stops it, and cleans up after it."""
 
 import ctypes
 import fcntl
@@ -36,50 +36,50 @@ _LOAD_FAILURE = re.compile(
     r"(?: version \d+)?: (.*)"
 )
 
-# What getopt says of a flag, before two hundred lines of usage.
+# getopt's error for a flag, which 200 lines of usage follow.
 _WRONG_FLAG = re.compile(r"tritonserver: ((?:unrecognized |invalid )?option .*)")
 
-# The first line of tritonserver's handler, which is for crashes too (triton_signal.cc).
+# The first line that tritonserver's signal handler prints, for crashes too (triton_signal.cc).
 _SIGNAL = re.compile(r"Signal \((\d+)\) received")
 
-# Two lines for each sending of traces that fails, and one for each span that finds the queue full.
+# Two lines for each failed export of traces, and one for each span dropped as the queue is full.
 _UNSENT = re.compile(r"(?:\[OTLP HTTP Client\] (?:Session state: )?|BatchSpanProcessor )(.*)")
 
-# Triton's Python backend makes one of these for each backend that it is (python; pytorch, in the
-# embedded server), always there, and leaves it, empty, where it is ended before its own end.
+# Triton's Python backend creates one of these folders in /tmp for each backend it implements
+# (python; pytorch, in the embedded server), and leaves it there, empty, if it is killed.
 _LEFT = "python_env_*"
 
-# Errors that say nothing: that there is no GPU, and that it ended.
+# Errors without information: that there is no GPU, and that the process exited.
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
 class Stalled(ServerError):
-    """A model's process got no CPU for so long that Triton gave it up: for a second, or for ten
-    while it starts. It may do on a second try."""
+    """A model's process got no CPU for so long that Triton gave up on it: for one second, or for
+    ten during startup. A second try may succeed."""
 
 
 class Crashed(ServerError):
-    """tritonserver ended itself by a signal while it loaded the models."""
+    """tritonserver crashed by a signal while it loaded the models."""
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Write to standard error or `stream`; a full disk, or no reader, is no reason to end."""
+    """Write to standard error or `stream`; ignore errors such as a full disk or a closed pipe."""
     stream = stream or sys.stderr
     try:
         print(text, file=stream, flush=True)
     except OSError:
-        with suppress(OSError):  # Python tries again at exit, and fails for it
+        with suppress(OSError):  # Python would flush again at exit, and fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class TritonProcess:
     """A running tritonserver.
 
-    `python_models` says of each in how many processes it runs, at the least.
+    `python_models` is the minimum number of processes for each Python model.
 
-    Signals go to this process: tritonserver is in a session of its own, so that Ctrl-C in a
-    terminal reaches neither it nor its stubs. Should this process be killed, the kernel ends
-    tritonserver, and its stubs end when they see that.
+    Only this process receives signals: tritonserver runs in its own session, so that Ctrl-C in a
+    terminal reaches neither it nor its stubs. If this process is killed, the kernel terminates
+    tritonserver, and its stubs exit when they notice.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class TritonProcess:
         self._python_models = python_models
         self.signals: list[float] = []  # when it was told to stop
         self._log: deque[str] = deque(maxlen=1000)
-        self._quiet = not verbose  # while it starts: a failure is told in one sentence instead
+        self._quiet = not verbose  # during startup, failures are reported in one sentence
         self._stubs: dict[int, str] = {}
-        self._unsent = -math.inf  # when it was last told
+        self._unsent = -math.inf  # when it was last reported
         for number in STOPS:
             signal.signal(number, self._on_signal)
         self._left: set[Path] = set()
-        self._settled = threading.Event()  # no more folders of its own will come
-        # Stubs that outlive tritonserver become children of this process, which ends them.
+        self._settled = threading.Event()  # it will create no more folders
+        # Stubs that outlive tritonserver become children of this process, which kills them.
         _libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         starting = _alone()
         others = set(Path("/tmp").glob(_LEFT))
@@ -122,17 +122,17 @@ class TritonProcess:
 
     @property
     def hurried(self) -> bool:
-        """Whether it was told to stop at once: again, and not in the same moment."""
+        """Whether it was told to stop at once, by a second signal more than 1 s after the first."""
         return bool(self.signals) and self.signals[-1] - self.signals[0] > 1
 
     def exited(self) -> bool:
         return self._child.poll() is not None
 
     def ready(self) -> None:
-        """It has answered: from here on its log is shown, and its models' processes are watched.
+        """Mark startup as complete: from now on show the log and watch the models' processes.
 
         Raises:
-            ServerError: one of them has ended since it answered.
+            ServerError: one of these processes has exited already.
         """
         self._quiet = False
         self._settled.set()
@@ -143,11 +143,11 @@ class TritonProcess:
                 raise ServerError(f"the process of the model '{model}' has exited")
 
     def failure(self) -> ServerError:
-        """Why it went away while it loaded the models, from its log."""
+        """Return, from its log, why it exited while it loaded the models."""
         self._reader.join(timeout=5)
         log = [line.partition(r"\n\nAt:")[0] for line in self._log]  # without Python's traceback
         for line in log:
-            if "interprocess::lock_exception" in line:  # by which Triton's Python backend ends then
+            if "interprocess::lock_exception" in line:  # crashes Triton's Python backend
                 return Stalled("a model's process got no CPU for too long while it started")
             if found := _LOAD_FAILURE.search(line):
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
@@ -163,15 +163,15 @@ class TritonProcess:
         return kind(f"tritonserver exited with code {code}: {reason}")
 
     def watch(self, models: Path) -> None:
-        """Return when it was told to stop, or has ended.
+        """Return when it was told to stop, or has exited.
 
         Raises:
-            ServerError: the process of a model has ended. Triton never starts it again, stays
-                "ready" and fails every request, so that is the end of the server too. Or the
-                folder `models` is gone, and Triton has unloaded all of them.
+            ServerError: the process of a model has exited. Triton never restarts it, stays "ready"
+                and fails every request, so the server has to stop too. Or the folder `models` is
+                gone, and Triton has unloaded all models.
         """
-        # Not in one waitpid(2): the kernel may give a signal to another thread, and Python runs
-        # the handler only when this one comes back.
+        # Not a blocking waitpid(2): the kernel may deliver a signal to another thread, and Python
+        # would run the handler only when the call returns.
         while not self.stopping and not self.exited():
             time.sleep(0.1)
             dead = [pid for pid in self._stubs if not _alive(pid)]
@@ -182,7 +182,7 @@ class TritonProcess:
                 raise ServerError(f"the server's own folder was removed: {models}")
 
     def stop(self) -> int:
-        """End it; the exit code as a shell counts it (128 + signal), 0 where it was asked for."""
+        """Stop it; return 0, or 130 if killed at once; if it has exited, its code (128 + signal)."""
         if not self.exited():
             self._child.terminate()
             deadline = time.monotonic() + EXIT_SECONDS
@@ -190,18 +190,18 @@ class TritonProcess:
                 time.sleep(0.05)
             if self.exited():
                 return 0
-            # An idle HTTP connection keeps it: Triton waits for the client to go.
+            # An idle HTTP connection blocks it: Triton waits for the client to disconnect.
             self._child.kill()
             return 130 if self.hurried else 0
         code = self._child.wait()
         return code if code >= 0 else 128 - code
 
     def close(self) -> None:
-        """End it if it still runs, then everything it left behind."""
+        """Kill it if it still runs, then remove everything it left behind."""
         self._child.kill()
         self._child.wait()
         self._end_orphans()
-        self._reader.join(timeout=5)  # their last words, before what this process says of it
+        self._reader.join(timeout=5)  # print the rest of its log first
         self._claimer.join()
         for folder in self._left:
             with suppress(OSError):  # not empty, or another user's
@@ -211,13 +211,13 @@ class TritonProcess:
         self.signals.append(time.monotonic())
 
     def _claim(self, starting: int | None, others: set[Path]) -> None:
-        """Learn which folders are this tritonserver's: those that come while no other one starts.
+        """Find this tritonserver's folders in /tmp: those created while no other one starts.
 
-        To remove another's would end it.
+        Removing another one's folder would break it.
         """
         if starting is None:
             return
-        backends = 2 if "vit" in self._python_models else 1  # that are the Python backend
+        backends = 2 if "vit" in self._python_models else 1  # implemented by the Python backend
         settled = False
         while len(self._left) < backends and not settled:
             settled = self.exited() or self._settled.is_set()
@@ -232,12 +232,12 @@ class TritonProcess:
             found = _SIGNAL.match(line)
             asked = found and int(found[1]) in (signal.SIGINT, signal.SIGTERM)
             if found and not asked:
-                # Its handler takes memory for the stack trace, which waits for ever where memory
-                # was what broke, while other threads go on and refuse every request.
+                # Its handler allocates memory for the stack trace, which deadlocks if the heap is
+                # corrupted, while other threads keep running and reject every request.
                 timer = threading.Timer(CRASH_SECONDS, self._child.kill)
                 timer.daemon = True
                 timer.start()
-            if self._quiet or asked:  # that is no news
+            if self._quiet or asked:  # a requested stop is not worth a line
                 continue
             if unsent := _UNSENT.search(line):
                 self._tell_unsent(unsent[1])
@@ -248,12 +248,12 @@ class TritonProcess:
         now = time.monotonic()
         if now - self._unsent > UNSENT_SECONDS:
             self._unsent = now
-            # What failed, and the reason behind it, without a space between.
+            # The log has no space between what failed and the reason.
             reason = re.sub(r"^([\w ]+)\.(?=\S)", r"\1. ", reason)
             say(f"vit-server: traces cannot be sent: {reason}")
 
     def _end_orphans(self) -> None:
-        """Kill the stubs that tritonserver left, which the kernel has given to this process."""
+        """Kill the stubs that tritonserver left, which are now children of this process."""
         children = Path(f"/proc/self/task/{os.getpid()}/children")
         while pids := [int(pid) for pid in children.read_text().split()]:
             for pid in pids:
@@ -262,10 +262,10 @@ class TritonProcess:
 
 
 def _alone() -> int | None:
-    """Wait until no other vit-server starts its tritonserver on this machine.
+    """Wait until no other vit-server is starting its tritonserver on this machine.
 
     Returns:
-        What to close when this one has made its folders; None where one takes too long.
+        The locked file descriptor, to close when this one has created its folders; None on timeout.
     """
     lock = os.open("/tmp", os.O_RDONLY)
     deadline = time.monotonic() + ALONE_SECONDS
@@ -279,16 +279,16 @@ def _alone() -> int | None:
 
 
 def _clean(line: str) -> str:
-    """A line of the log without its prefix, what Triton says of an exception, and quotes."""
+    """Return a log line without its prefix, Triton's prefixes for exceptions, and quotes."""
     line = re.sub(r"^E\d{4} [^\]]*\] ", "", line)
     return re.sub(r"\b(Internal|TritonModelException): ", "", line).strip('"; \n')
 
 
 def _stubs(triton: int) -> dict[int, str]:
-    """The processes that Python models run in, and their models."""
+    """Return the model of each Python stub process, by pid."""
     found = {}
-    for children in Path(f"/proc/{triton}/task").glob("*/children"):  # of any of its threads
-        with suppress(OSError):  # a thread or a process that has just ended
+    for children in Path(f"/proc/{triton}/task").glob("*/children"):  # of all its threads
+        with suppress(OSError):  # a thread or a process that has just exited
             for pid in children.read_text().split():
                 # …/triton_python_backend_stub …/preprocess/1/model.py …
                 words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -302,18 +302,21 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-    except OSError:  # no file is left to look with
+    except OSError:  # out of file descriptors: assume so
         return True
 
 
 def allow_all_files() -> None:
-    """Each connection takes a file; without any left Triton would also lose sight of its models."""
+    """Raise the soft limit of open files to the hard limit: each connection takes a descriptor.
+
+    Without a free one Triton could not read its model repository either.
+    """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _before_exec() -> None:
-    """In the child. The kernel sends SIGTERM when the parent ends, however it ends."""
+    """Runs in the child: have the kernel send SIGTERM when the parent exits for any reason."""
     _libc.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if memory.limited():
         memory.go_first()

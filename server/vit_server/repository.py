@@ -1,4 +1,4 @@
-"""The model repository on disk: is it whole, and a private copy of it for tritonserver."""
+"""The model repository on disk: checks that it is complete, and copies it for tritonserver."""
 
 import compileall
 import hashlib
@@ -21,7 +21,7 @@ from .tritonserver import ServerError
 
 MODELS = ("preprocess", "vit", "postprocess", *ENSEMBLES)
 REPORT = "build_report.json"
-AUTO = "auto"  # how many threads, in preprocess/config.pbtxt
+AUTO = "auto"  # number of threads, in preprocess/config.pbtxt
 
 
 def check(repository: Path) -> None:
@@ -38,7 +38,7 @@ def check(repository: Path) -> None:
             if not before or repository.stat().st_ino == before:
                 raise
         else:
-            return  # else another one, of another version, took its place meanwhile
+            return  # on an error, it may just have been replaced by another build: check again
 
 
 def _check(repository: Path) -> None:
@@ -51,7 +51,7 @@ def _check(repository: Path) -> None:
         built += _built(version)
         wanted = (*built, *(f"{model}/config.pbtxt" for model in MODELS))
         missing += [name for name in wanted if not (repository / name).is_file()]
-        # An ensemble's version folder is empty, and is lost where a tool drops empty folders.
+        # An ensemble's version folder is empty, and is lost if a tool drops empty folders.
         folders = (f"{model}/{version}" for model in MODELS)
         missing += [name for name in folders if not (repository / name).is_dir()]
     if missing:
@@ -65,10 +65,10 @@ def _check(repository: Path) -> None:
 
 
 def snapshot(repository: Path, to: Path) -> None:
-    """Copy the repository, so that what is served stays what it was when it was started.
+    """Copy the repository, so that later changes to it do not affect the running server.
 
-    vit-builder may replace it at any moment, and half of an old one with half of a new one would
-    answer with wrong labels.
+    vit-builder may replace it at any moment, and a mix of an old and a new one would return wrong
+    labels.
 
     Raises:
         ServerError: it cannot be copied, or weights and labels are not from one build.
@@ -76,13 +76,13 @@ def snapshot(repository: Path, to: Path) -> None:
     while not _copied_in_one_piece(repository, to):
         shutil.rmtree(to)
     _check_digests(repository, to)
-    # Python would do it when the models start, and Triton would take that for an update.
+    # Python would write these files when the models start, and Triton would see an update.
     compileall.compile_dir(to, quiet=2)
 
 
 @contextmanager
 def told_as(repository: Path, copy: Path) -> Iterator[None]:
-    """Errors name the files in `repository`, which the user knows, for those in its copy."""
+    """Make errors name the files in `repository`, which the user knows, instead of its copy's."""
     try:
         yield
     except ServerError as e:
@@ -91,18 +91,18 @@ def told_as(repository: Path, copy: Path) -> Iterator[None]:
 
 
 def max_request_bytes(repository: Path) -> int:
-    """What the builder says of it; or the default, where an older one has said nothing."""
+    """Return the limit set by the builder, or the default if an older builder set none."""
     config = _config(repository, "preprocess")
     return _number(repository, config, "max_request_bytes") or MAX_REQUEST_BYTES
 
 
 def fit(repository: Path, cores: int) -> None:
-    """Have `preprocess` and `postprocess` in as many processes and threads as the cores want.
+    """Set the processes and threads of `preprocess` and `postprocess` to suit the cores.
 
-    What somebody has changed stands: the count of processes, or, with a number of threads, both.
+    Manual settings are kept: a changed number of processes, or, with a number of threads, both.
     """
     config = _config(repository, "preprocess")
-    if config.parameters["threads"].string_value != AUTO:  # an older builder has said nothing
+    if config.parameters["threads"].string_value != AUTO:  # or unset, by an older builder
         return
     if [group.count for group in config.instance_group] == [sizing.LEAST]:
         pixels = max(1, _number(repository, config, "max_image_pixels"))
@@ -118,18 +118,18 @@ def fit(repository: Path, cores: int) -> None:
 
 
 def for_gpu(repository: Path) -> bool:
-    """Whether the network is to run on a GPU, and nowhere else."""
+    """Return whether the network must run on a GPU."""
     groups = _config(repository, "vit").instance_group
     return any(group.kind == group.KIND_GPU for group in groups)
 
 
 def processes(repository: Path, model: str) -> int:
-    """How many a Python model has, at the least: on several GPUs it may have more."""
+    """Return the minimum number of a Python model's processes: several GPUs may add more."""
     return _processes(_config(repository, model))
 
 
 def without_warm_up(repository: Path) -> int:
-    """Have the network loaded without it; the images of its largest batch."""
+    """Disable the network's warm-up; return its maximum batch size."""
     config = _config(repository, "vit")
     config.ClearField("model_warmup")
     _write(repository, "vit", config)
@@ -141,7 +141,7 @@ def _processes(config: ModelConfig) -> int:
 
 
 def _number(repository: Path, config: ModelConfig, parameter: str) -> int:
-    """Of preprocess; 0 where it is not there."""
+    """Return a parameter of preprocess; 0 if it is not set. Raises ServerError."""
     try:
         return int(config.parameters[parameter].string_value or 0)
     except ValueError as e:
@@ -159,20 +159,20 @@ def _config(repository: Path, model: str) -> ModelConfig:
 def _write(repository: Path, model: str, config: ModelConfig) -> None:
     path = repository / model / "config.pbtxt"
     try:
-        path.chmod(0o600)  # the copy of a file that may be read only
+        path.chmod(0o600)  # the original may be read-only
         path.write_text(text_format.MessageToString(config))
     except OSError as e:
         raise ServerError(f"{repository.parent} cannot be written: {e.strerror}") from e
 
 
 def _copied_in_one_piece(repository: Path, to: Path) -> bool:
-    """False where another repository took its place meanwhile."""
+    """Copy the repository; return False if it was replaced in the meantime."""
     ignore = shutil.ignore_patterns("__pycache__")
     try:
         before = repository.stat().st_ino
         try:
             shutil.copytree(repository, to, ignore=ignore)
-        except OSError:  # a file that went away with the old repository
+        except OSError:  # perhaps a file of an old repository that was replaced
             if repository.stat().st_ino == before:
                 raise
         return repository.stat().st_ino == before
@@ -182,12 +182,12 @@ def _copied_in_one_piece(repository: Path, to: Path) -> bool:
 
 
 def _built(version: int) -> tuple[str, str]:
-    """The files that only make sense together; the report has their digests."""
+    """Return the files that must be from the same build; the report has their digests."""
     return f"vit/{version}/model.pt", f"postprocess/{version}/labels.txt"
 
 
 def _report(repository: Path, copy: Path) -> Any:
-    """What vit-builder says that it built in `repository`, by the report in its copy."""
+    """Return vit-builder's report on `repository`, read from the copy. Raises ServerError."""
     try:
         report = json.loads((copy / REPORT).read_text("utf-8"))
         complete = set(report["sha256"]) >= set(_built(report["model_version"]))

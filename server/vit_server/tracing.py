@@ -1,11 +1,11 @@
-"""Triton's own traces: its spans go to a collector, by OpenTelemetry's protocol over HTTP."""
+"""Triton's traces: spans sent to a collector by OpenTelemetry's protocol over HTTP (OTLP)."""
 
 import os
 import re
 from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
 
-PATH = "/v1/traces"  # of a collector
+PATH = "/v1/traces"  # the standard path of a collector
 SERVICE = "vit-server"
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-([0-9a-f]{2})(-.*)?")
 CRASH = (
@@ -15,7 +15,7 @@ CRASH = (
 
 
 def endpoint(text: str) -> str:
-    """A collector's URL, completed. Raises ValueError."""
+    """Return a collector's URL, with the default path if it has none. Raises ValueError."""
     parts = urlsplit(text)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(text)
@@ -25,29 +25,29 @@ def endpoint(text: str) -> str:
 
 
 def told(url: str) -> str:
-    """`url` without what is nobody else's: user and password, and a query, where tokens are."""
+    """Return `url` without secrets: user, password and the query, which may hold tokens."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return parts._replace(netloc=host, query="", fragment="").geturl()
 
 
 def flags(url: str, rate: int) -> list[str]:
-    """For tritonserver. Of requests without a trace of their own it traces one in `rate`.
+    """Return tritonserver's flags. It traces one in `rate` of the requests without a traceparent.
 
-    Its library reads from the environment: OTEL_RESOURCE_ATTRIBUTES (but not the name of the
-    service), OTEL_EXPORTER_OTLP_HEADERS, _TIMEOUT and _CERTIFICATE, and OTEL_BSP_*.
+    Its OpenTelemetry library reads from the environment: OTEL_RESOURCE_ATTRIBUTES (but not the
+    service's name), OTEL_EXPORTER_OTLP_HEADERS, _TIMEOUT and _CERTIFICATE, and OTEL_BSP_*.
     """
     return [
         "--trace-config=mode=opentelemetry",
         "--trace-config=level=TIMESTAMPS",
-        f"--trace-config=rate={rate}",  # with 0 those alone that have one
+        f"--trace-config=rate={rate}",  # 0: only requests with a traceparent
         f"--trace-config=opentelemetry,url={url}",
         f"--trace-config=opentelemetry,resource=service.name={_service()}",
     ]
 
 
 def _service() -> str:
-    """The name of this service, where OpenTelemetry has it: Triton would call itself by its own."""
+    """Return the service's name by OpenTelemetry's variables, which Triton itself overrides."""
     name = os.environ.get("OTEL_SERVICE_NAME", "").strip()
     for pair in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(","):
         key, _, value = pair.partition("=")
@@ -57,6 +57,6 @@ def _service() -> str:
 
 
 def unwanted(headers: Mapping[str, str]) -> bool:
-    """Whether a caller says that its trace is not kept: Triton would send its part all the same."""
+    """Return whether the caller's trace is not sampled: Triton would export its spans anyway."""
     found = _TRACEPARENT.fullmatch(headers.get("traceparent", "").strip())
     return found is not None and not int(found[1], 16) & 1

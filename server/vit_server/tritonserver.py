@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
-SEGMENT = 64 << 20  # bytes of /dev/shm that the process of a Python model begins with
-# Not given, since their defaults are what vit-server relies on, or there is another name for them.
+SEGMENT = 64 << 20  # initial bytes of /dev/shm for the process of a Python model
+# Flags not passed but reserved: vit-server relies on their defaults, or sets them by another name.
 _KEPT = (
     "--model-store",
     "--strict-readiness",
@@ -17,7 +17,7 @@ _KEPT = (
     "--grpc-use-ssl",
     "--grpc-use-ssl-mutual",
 )
-# Of the calls for administrators: shared memory, model repository, trace, logging.
+# For the restricted calls: shared memory, model repository, trace, logging.
 KEY_HEADER = "vit-admin-key"
 
 
@@ -27,13 +27,13 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Ports:
-    """Where tritonserver listens: for gRPC at `host`, an address, and else on loopback."""
+    """Where tritonserver listens: for gRPC on the IP address `host`, otherwise on loopback."""
 
     host: str
     grpc: int
     http: int
     metrics: int
-    routes: dict[socket.socket, int]  # what callers connect to, and which of these two is behind
+    routes: dict[socket.socket, int]  # public sockets, and the port (http or metrics) behind each
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Tls:
 
     certificate: Path
     key: Path
-    client_ca: Path | None  # clients must have a certificate that it signed
+    client_ca: Path | None  # if set, clients need a certificate signed by it
 
 
 def serving(backends: Path, models: Path, key: str) -> list[str]:
-    """What is served; whoever sends `key` may call what is for administrators."""
-    # Triton has no switch to turn these calls off: a key does it. Shared memory would let a client
-    # name a file of /dev/shm to read or write.
+    """Return the flags for what is served; `key` allows the restricted calls."""
+    # Triton cannot disable these calls, only restrict them by a key. Shared memory would let a
+    # client read or write any file in /dev/shm.
     closed = f"shared-memory,model-repository,trace,logging:{KEY_HEADER}={key}"
     return [
         f"--model-repository={models}",
         f"--backend-directory={backends}",
-        "--disable-auto-complete-config",  # the builder writes all of it
-        # Lets vit-server unload models, by their folders, and nobody else.
+        "--disable-auto-complete-config",  # the builder writes complete configs
+        # Lets vit-server unload models by removing their folders, and clients cannot.
         "--model-control-mode=poll",
         "--repository-poll-secs=1",
         f"--grpc-restricted-protocol={closed}",
@@ -63,7 +63,7 @@ def serving(backends: Path, models: Path, key: str) -> list[str]:
 
 
 def listening(ports: Ports, tls: Tls | None, connection_age: int) -> list[str]:
-    """Where it listens, and for how many seconds clients keep a connection."""
+    """Return the flags for where it listens; `connection_age` is in seconds."""
     return [
         f"--grpc-address={f'[{ports.host}]' if ':' in ports.host else ports.host}",
         f"--grpc-port={ports.grpc}",
@@ -79,23 +79,23 @@ def listening(ports: Ports, tls: Tls | None, connection_age: int) -> list[str]:
 def command(
     binary: Path, ours: Sequence[str], shm_prefix: str, further: Sequence[str]
 ) -> list[str]:
-    """tritonserver with its arguments.
+    """Return tritonserver's command line.
 
     Raises:
-        ServerError: `further` has a flag that is among `ours`.
+        ServerError: `further` has a flag that vit-server sets itself.
     """
-    settings = [  # of which there may be more than one, or the last one counts
-        # Tensors between server and stubs. The default of 1 MB grows in steps under load.
+    settings = [  # flags that `further` may repeat or override
+        # For tensors between server and stubs. The default of 1 MB grows in steps under load.
         f"--backend-config=python,shm-default-byte-size={SEGMENT}",
         f"--backend-config=python,shm-growth-byte-size={SEGMENT}",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
-        # How long requests took in the last minute, as quantiles: 0.1 ms of a core for each.
+        # Quantiles of the latency over the last minute: 0.1 ms of CPU time per request.
         "--metrics-config=summary_latencies=true",
         "--metrics-config=summary_quantiles=0.5:0.05,0.99:0.001",
     ]
     taken = [*(flag.partition("=")[0] for flag in ours), *_KEPT]
     for name in (flag.partition("=")[0] for flag in further):
-        # getopt takes what a flag begins with for that flag.
+        # getopt accepts a prefix of a flag.
         if full := [flag for flag in taken if flag.startswith(name) and len(name) > len("--")]:
             raise ServerError(
                 f"{name} cannot be passed to tritonserver: vit-server sets {min(full, key=len)}"
@@ -104,7 +104,7 @@ def command(
 
 
 def log_flags(verbose: bool) -> list[str]:
-    """Errors are always told; warnings are mostly a page about the GPU that is not there."""
+    """Return the logging flags: errors only, unless verbose; most warnings are about no GPU."""
     return [f"--log-{level}={str(verbose).lower()}" for level in ("info", "warning")]
 
 
@@ -122,5 +122,5 @@ def _tls_options(tls: Tls | None) -> list[str]:
 
 
 def bracketed(host: str, port: int) -> str:
-    """host:port, where an IPv6 address has brackets for its own colons."""
+    """Return host:port, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""What a server keeps outside its own folder, in /tmp and /dev/shm, and what killed ones left."""
+"""A server's files in /tmp and /dev/shm, and the removal of those that killed servers left."""
 
 import fcntl
 import os
@@ -15,27 +15,27 @@ from pathlib import Path
 from .tritonserver import ServerError
 
 _TMP, _SHM = Path("/tmp"), Path("/dev/shm")
-_FOLDER = "vit-server-"  # in /tmp; pid and token follow
+_FOLDER = "vit-server-"  # in /tmp; followed by pid and token
 _SEGMENTS = "vit_server_"  # in /dev/shm, the same
 _LOCK = "lock"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """This server's own; both are gone at the end."""
+    """This server's files; all are removed at exit."""
 
     folder: Path
-    shm_prefix: str  # of the names of its segments in /dev/shm
+    shm_prefix: str  # of its segments' names in /dev/shm
 
 
 @contextmanager
 def workspace() -> Iterator[Workspace]:
-    """A folder and a prefix for segments, which nobody else takes for what a killed server left.
+    """Provide a folder and a prefix for segments, locked so that no other server removes them.
 
-    Whoever holds the lock of either lives: pids say nothing, where containers share folders.
+    A held lock shows that the owner is alive; a pid does not, if containers share folders.
 
     Raises:
-        ServerError: no folder can be written.
+        ServerError: the folder or the lock file cannot be created.
     """
     temporary = _temporary()
     _clear_after_the_killed(temporary)
@@ -43,9 +43,9 @@ def workspace() -> Iterator[Workspace]:
     folder = temporary / f"{_FOLDER}{name.replace('_', '-')}"
     segments = _SHM / f"{_SEGMENTS}{name}_{_LOCK}"
     locks = []
-    try:  # before they are made: a signal may come at any moment
+    try:  # before they are created: a signal may arrive at any moment
         try:
-            # What clears old files from /tmp (systemd-tmpfiles) passes by a locked folder, too.
+            # systemd-tmpfiles, which removes old files from /tmp, skips locked folders too.
             locks.append(_locked(folder, partial(Path.mkdir, mode=0o700, exist_ok=True)))
             locks.append(_locked(segments, Path.touch))
         except OSError as e:
@@ -65,12 +65,12 @@ def _temporary() -> Path:
             f"whatever TMPDIR says: mount one (docker run --tmpfs {_TMP}:exec)"
         )
     temporary = Path(tempfile.gettempdir())
-    # Triton hands the path to a shell, unquoted, and to Python as ASCII.
+    # Triton passes the path to a shell, unquoted, and to Python as ASCII.
     return temporary if re.fullmatch(r"[\w/.-]+", str(temporary), re.ASCII) else _TMP
 
 
 def _locked(path: Path, make: Callable[[Path], None]) -> int:
-    """Made and locked; again, where another server cleared it up between the two."""
+    """Create and lock `path`; retry if another server removed it in between."""
     while True:
         make(path)
         with suppress(FileNotFoundError):
@@ -82,9 +82,9 @@ def _locked(path: Path, make: Callable[[Path], None]) -> int:
 
 
 def _clear_after_the_killed(temporary: Path) -> None:
-    """Remove what servers left that could not do it themselves."""
+    """Remove the files that killed servers left."""
     for left in (*temporary.glob(f"{_FOLDER}*"), *_SHM.glob(f"{_SEGMENTS}*_{_LOCK}")):
-        with suppress(OSError):  # another user's, or locked by a server that runs
+        with suppress(OSError):  # another user's, or locked by a running server
             lock = os.open(left, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +97,7 @@ def _clear_after_the_killed(temporary: Path) -> None:
 
 
 def _remove_segments(lock: Path) -> None:
-    """The lock last: as long as it is there, somebody will remove the others."""
+    """Remove a server's segments, the lock file last: while it exists, the rest can be found."""
     for segment in _SHM.glob(f"{lock.name.removesuffix(_LOCK)}*"):
         if segment != lock:
             segment.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """Triton's `pytorch` backend in Python, for the embedded server.
 
-The nvidia-pytriton wheel has no C++ LibTorch backend. This folder takes its place: a Python-based
+The nvidia-pytriton wheel has no C++ LibTorch backend. This folder replaces it: a Python-based
 backend (https://github.com/triton-inference-server/python_backend) that runs the same model.pt
-under the same config.pbtxt. Inputs are bound by order; an output's name ends in `__index`.
+with the same config.pbtxt. Inputs are bound by order; an output's name ends in `__index`.
 """
 
 import atexit
@@ -21,11 +21,11 @@ from pulse import Pulse, now
 
 
 class TritonPythonModel:
-    """On a CPU each core has images of its own, and gets the next ones as soon as it is done.
+    """Runs model.pt: on a CPU each core works on its own images, on a GPU whole batches run.
 
-    So no core waits for another: neither at every layer, as OpenMP's threads do, nor at the end of
-    a batch, and what `preprocess` takes from one core does not stop the rest. A request that is
-    alone has all cores. On a GPU a batch runs as it comes.
+    On a CPU a core gets its next images as soon as it is done. No core waits for another, neither
+    at every layer, as OpenMP threads do, nor at the end of a batch, and when `preprocess` takes one
+    core the others continue. A single request uses all cores.
     """
 
     def initialize(self, args):
@@ -50,14 +50,14 @@ class TritonPythonModel:
         self.module = torch.jit.load(path, map_location=self.device).eval()
         self.cores = 1 if on_gpu else torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.cores, initializer=_one_thread)
-        self.under_way = set()  # groups that the pool has
+        self.under_way = set()  # groups in the pool
         self.try_out(config["input"][0])
         self.pulse = Pulse()
 
     def try_out(self, config):
-        """Raise an error where the file does not do what its config says.
+        """Raise TritonModelException if the file does not do what its config says.
 
-        Triton's own warm-up would find it too, and may then crash while other models still load.
+        Triton's own warm-up would find it too, but may then crash while other models still load.
         """
         dtype = pb_utils.triton_string_to_numpy(config["data_type"])
         try:
@@ -68,9 +68,10 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(f"the network failed: {reason(e)}") from None
 
     def execute(self, requests):
-        """The responses; or None where the cores send them, when one of them wants the next batch.
+        """Return the responses, or None if the cores send them.
 
-        That is allowed since Triton 24.06 (python_backend's README, "execute").
+        In that case it returns as soon as a core is free for the next batch. Returning None is
+        allowed since Triton 24.06 (python_backend's README, "execute").
         """
         begun = now()
         responses = None
@@ -80,7 +81,7 @@ class TritonPythonModel:
         else:
             shares = [requests[core :: self.cores] for core in range(self.cores)]
             groups = [Group(share, self.input) for share in shares if share]
-            with or_end():  # Triton would answer again what a core has answered
+            with or_end():  # after an exception Triton would answer again what a core has answered
                 for group in groups:
                     self.under_way.add(self.pool.submit(self.send, group, begun))
                 while len(self.under_way) >= self.cores:
@@ -89,18 +90,18 @@ class TritonPythonModel:
         return responses
 
     def send(self, group, begun):
-        """One core's work."""
-        with or_end():  # nobody else would answer
+        """Run a group on one core and send its responses."""
+        with or_end():  # otherwise its requests would never be answered
             responses = self.respond(group, self.on_one_core)
             for sender, response in zip(group.senders, responses, strict=True):
                 self.pulse.check(begun)
                 sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def respond(self, group, run):
-        """A response to each request of the group; errors where the network fails."""
+        """Return a response for each request of the group; errors if the network fails."""
         try:
             parts = run(torch.from_numpy(group.pixels))
-            # Copy to the host only what somebody asked for.
+            # Copy only requested outputs to the host.
             asked = {name for names in group.names for name in names}
             on_host = {name: together(parts, self.outputs[name]) for name in asked}
         except Exception as e:
@@ -116,7 +117,7 @@ class TritonPythonModel:
         return responses
 
     def on_all_cores(self, pixels):
-        """The module's outputs, in parts of the rows; one image has all of OpenMP's threads."""
+        """Return the module's outputs, split by rows; a single image uses all OpenMP threads."""
         if self.cores == 1 or len(pixels) == 1:
             return [self.forward(pixels.to(self.device))]
         return list(self.pool.map(self.forward, pixels.tensor_split(min(self.cores, len(pixels)))))
@@ -131,16 +132,16 @@ class TritonPythonModel:
 
     def finalize(self):
         self.pool.shutdown()
-        # Python's own teardown takes half a second, and Triton unloads one process after the other.
+        # Python's teardown takes half a second, and Triton unloads the processes one by one.
         atexit.register(os._exit, 0)
 
 
 class Group:
-    """Requests that run together: their rows, and what each of them asked for."""
+    """Requests that run together: their rows, and the outputs that each requested."""
 
     def __init__(self, requests, name):
         inputs = [pb_utils.get_input_tensor_by_name(r, name).as_numpy() for r in requests]
-        # A copy: Triton takes the requests' own memory back when execute() returns.
+        # A copy: Triton reclaims the requests' memory when execute() returns.
         self.pixels = np.concatenate(inputs)
         self.rows = [len(rows) for rows in inputs]
         self.names = [request.requested_output_names() for request in requests]
@@ -149,7 +150,7 @@ class Group:
 
 @contextmanager
 def or_end():
-    """A failure in here would leave callers without an answer; a process that ends is noticed."""
+    """Exit the process on any exception: it would leave requests unanswered; an exit is noticed."""
     try:
         yield
     except BaseException:
@@ -158,21 +159,21 @@ def or_end():
 
 
 def reason(error):
-    """Of TorchScript's traceback the last line."""
+    """Return the last line of TorchScript's traceback."""
     return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 def together(parts, index):
-    """One output of all rows, on the host."""
+    """Return one output for all rows, as an array on the host."""
     tensors = [outputs[index] for outputs in parts]
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).cpu().numpy()
 
 
 def keep_memory():
-    """What a batch gives back is kept for the next one.
+    """Make malloc keep the memory that a batch frees for the next one.
 
-    By default large tensors come from the kernel, page by page: a quarter of the network's time on
-    a CPU. The numbers are those of mallopt(3); 32 MiB is the most that glibc takes for the first.
+    By default large tensors are mapped by the kernel page by page: a quarter of the network's time
+    on a CPU. The numbers are those of mallopt(3); glibc accepts at most 32 MiB for the first.
     """
     malloc = ctypes.CDLL(None)
     malloc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
@@ -181,6 +182,6 @@ def keep_memory():
 
 
 def _one_thread():
-    """OpenMP's thread count belongs to the thread that sets it."""
-    torch.zeros(1).exp()  # torch sets the process's count at a thread's first use
+    """Limit OpenMP to one thread in this pool thread: the count is per calling thread."""
+    torch.zeros(1).exp()  # at a thread's first use torch applies the process-wide count
     torch.set_num_threads(1)
