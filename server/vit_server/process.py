@@ -182,7 +182,7 @@ class TritonProcess:
                 raise ServerError(f"the server's own folder was removed: {models}")
 
     def stop(self) -> int:
-        """Stop it; return 0, or 130 if killed at once; if it has exited, its code (128 + signal)."""
+        """Stop it; return 0, 130 if killed at once, or its code (128 + signal) if it has exited."""
         if not self.exited():
             self._child.terminate()
             deadline = time.monotonic() + EXIT_SECONDS
