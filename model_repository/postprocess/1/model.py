@@ -1,4 +1,4 @@
-"""Name the classes: top-k indices in, the same with their labels out."""
+"""Names the classes: top-k scores and indices in, the same with their labels out."""
 
 import atexit
 import os
@@ -12,7 +12,7 @@ from pulse import Pulse, now
 class TritonPythonModel:
     def initialize(self, args):
         path = Path(args["model_repository"], args["model_version"], "labels.txt")
-        # One label a line, by class index. Only "\n" ends a line: labels may hold other breaks.
+        # One label per line, by class index. Only "\n" ends a line: labels may contain others.
         labels = path.read_bytes().removesuffix(b"\n").split(b"\n")
         self.labels = np.array(labels, dtype=np.object_)
         self.pulse = Pulse(1)
@@ -39,5 +39,5 @@ class TritonPythonModel:
         )
 
     def finalize(self):
-        # Python's own teardown takes half a second, and Triton unloads one process after the other.
+        # Python's teardown takes half a second, and Triton unloads the processes one by one.
         atexit.register(os._exit, 0)

@@ -1,4 +1,4 @@
-"""Holds `preprocess` back while `vit` has enough to do."""
+"""Backpressure: pauses `preprocess` while enough images are queued for `vit`."""
 
 import re
 import socket
@@ -12,16 +12,16 @@ ADDRESS = re.compile(r"(\[[\da-fA-F:.]+\]|[\w.-]+):(\d{1,5})")
 
 
 class Backlog:
-    """Images that wait for `vit`, from Triton's own count of requests in its metrics.
+    """Images queued for `vit`, from the count of pending requests in Triton's metrics.
 
-    Where `vit` is the slower one, each process of preprocess stops while `limit` of its images wait
-    there; then preprocess's queue, which has a limit, fills up, and Triton refuses the rest before
-    anything is decoded.
+    If `vit` is the bottleneck, each process of preprocess pauses while `limit` of its images are
+    queued there; then preprocess's bounded queue fills up, and Triton rejects further requests
+    before anything is decoded.
     """
 
     PENDING = re.compile(rb'nv_inference_pending_request_count\{model="vit",[^}]*\} (\d+)')
-    LOOK = 1.0  # seconds that it may take; usually it is 1 ms of a core, most of it in Triton
-    REST, LONGEST = 9, 0.05  # then so many times as long, or seconds at most, until the next one
+    LOOK = 1.0  # timeout in seconds; a look usually takes 1 ms of CPU time, most of it in Triton
+    REST, LONGEST = 9, 0.05  # pause before the next look: REST times its duration, at most LONGEST
 
     def __init__(self, address, limit, processes):
         found = ADDRESS.fullmatch(address)
@@ -29,11 +29,11 @@ class Backlog:
             raise pb_utils.TritonModelException(f"VIT_METRICS={address} is not HOST:PORT")
         self.address = found[1].strip("[]"), int(found[2])
         self.limit, self.processes = limit, processes
-        self.rows = deque(maxlen=1024)  # of this process's requests, the last one last
-        self.room = 0  # images that may be sent on before looking again
+        self.rows = deque(maxlen=1024)  # of this process's requests, the latest last
+        self.room = 0  # images that may be passed on before the next look
 
     def wait(self):
-        """Return when `vit` wants more."""
+        """Return when fewer than `limit` images are queued for `vit`."""
         while self.room <= 0:
             begun = time.monotonic()
             self.room = self.limit - self.waiting()
@@ -42,25 +42,28 @@ class Backlog:
                 time.sleep(min(self.REST * took, self.LONGEST))
 
     def sent(self, rows):
-        """Count the rows of each request of a batch as on their way to `vit`."""
+        """Record the rows of each request in a batch that is passed on to `vit`."""
         self.room -= sum(rows)
         self.rows.extend(rows)
 
     def waiting(self):
-        """Images of this process: those of its last requests, as many as are its share."""
+        """Return this process's queued images: the rows of its share of the pending requests."""
         share = -(-self.pending() // self.processes)
         return sum(islice(reversed(self.rows), share))
 
     def pending(self):
-        """Requests. By hand: http.client takes longer over the headers than all else does, and has
-        Python's lock."""
+        """Return the number of requests pending for `vit`; 0 without metrics.
+
+        A raw socket: http.client would take longer to parse the headers than everything else,
+        while holding the GIL.
+        """
         answer, end = b"", time.monotonic() + self.LOOK
         try:
             with socket.create_connection(self.address, timeout=self.LOOK) as connection:
                 connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
                 while time.monotonic() < end and (part := connection.recv(2**16)):
                     answer += part
-        except (OSError, UnicodeError):  # no metrics (of a name that is none), no limit
+        except (OSError, UnicodeError):  # no metrics (or an invalid host name), no limit
             return 0
         found = self.PENDING.search(answer)
         return int(found[1]) if found else 0

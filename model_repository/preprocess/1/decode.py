@@ -1,4 +1,4 @@
-"""One encoded image file -> pixels, or why there are none; with bounds on what a file can cost."""
+"""Decodes one encoded image file to pixels, with limits on the CPU time and memory it can cost."""
 
 import io
 import re
@@ -9,15 +9,15 @@ import jpeg
 from bicubic import resize
 from PIL import Image, UnidentifiedImageError
 
-# What Pillow may open. Not all it can: EPS, for one, starts Ghostscript.
+# Formats that Pillow may open. Not all it supports: EPS, for example, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_MESSAGE = 200  # characters
 
-# The longest side that a JPEG can have. Decoding and resizing hold whole rows, of any length: a PNG
-# of 50 million pixels in one row (146 kB) took 1.7 GB.
+# A JPEG's maximum. Decoding and resizing buffer whole rows of any length: a PNG of 50 million
+# pixels in one row (146 kB) took 1.7 GB.
 MAX_SIDE = 65535
-MAX_READS = 1_000_000  # no encoder comes near it
-MAX_BMP_READS = 8_000_000  # Pillow reads a run of pixels (RLE) in two, of a byte each: some 5 s
+MAX_READS = 1_000_000  # far more than any encoder's file needs
+MAX_BMP_READS = 8_000_000  # Pillow reads a run of pixels (RLE) in two one-byte reads: some 5 s
 OTHERS = {
     "HEIC": re.compile(rb"....ftyp(hei|hev|mif|msf)", re.DOTALL),
     "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL "),
@@ -27,7 +27,7 @@ OTHERS = {
 }
 
 
-REASONS = (  # for a file to be refused, as metrics have them
+REASONS = (  # why files are rejected, as labelled in the metrics
     "empty",
     "not_an_image",
     "unsupported_format",
@@ -39,7 +39,7 @@ REASONS = (  # for a file to be refused, as metrics have them
 
 
 class BadImage(Exception):
-    """A row that has no pixels: one of REASONS, and a message for the person who sent it."""
+    """An image was rejected: one of REASONS, and a message for the client."""
 
     def __init__(self, reason, message):
         super().__init__(message)
@@ -47,10 +47,10 @@ class BadImage(Exception):
 
 
 def decode(data, height, width, room, fast_jpeg=False):
-    """Encoded file (bytes) -> uint8 array [height, width, 3]. Raises BadImage.
+    """Decode a file (bytes) to a uint8 array [height, width, 3]. Raises BadImage.
 
     With `fast_jpeg` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at no less than twice
-    what is wanted.
+    the target size.
     """
     if not data:
         raise BadImage("empty", "it is empty (0 bytes)")
@@ -65,13 +65,13 @@ def decode(data, height, width, room, fast_jpeg=False):
     except UnidentifiedImageError:
         reason, what = what_else(data)
         raise BadImage(reason, f"{len(data)} bytes that are {what}") from None
-    except Exception as e:  # a broken file raises nearly anything in Pillow's decoders
+    except Exception as e:  # Pillow's decoders raise nearly any exception for a damaged file
         why = f"it cannot be decoded: {str(e) or type(e).__name__}"
         raise BadImage("damaged", why[:MAX_MESSAGE]) from e
 
 
 def plain_jpeg(data, height, width, room, least):
-    """As `decode`; None for what Pillow is to look at."""
+    """Decode a plain JPEG as `decode` does; return None if Pillow has to handle the file."""
     size = jpeg.size(data)
     if size is None or size[0] * size[1] > room.pixels:
         return None
@@ -84,7 +84,7 @@ def plain_jpeg(data, height, width, room, least):
 
 
 def by_pillow(data, height, width, room, least):
-    """As `decode`; raises nearly anything for a broken file."""
+    """Decode as `decode` does; raises nearly any exception for a damaged file."""
     reader = Reader(data)
     with Image.open(reader, formats=FORMATS) as image:
         pixels = image.width * image.height
@@ -105,14 +105,13 @@ def by_pillow(data, height, width, room, least):
             image.draft(None, least[::-1])
         with room.taken(pixels):
             image.load()
-            # convert() would copy an image that is RGB already: a third of a small one's time.
+            # convert() would copy an image that is already RGB: a third of a small image's time.
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             return resize(rgb, height, width)
 
 
 def what_else(data):
-    """What a file is that nothing here decodes, as far as people take it for an image; the reason
-    of REASONS before it."""
+    """Identify a file that cannot be decoded; return one of REASONS and a description."""
     for name, magic in OTHERS.items():
         if magic.match(data):
             what = f"{name}: not supported by the server; convert it, or pass a PIL image"
@@ -121,9 +120,9 @@ def what_else(data):
 
 
 class Room:
-    """Bounds the pixels that are decoded at once, and with them this process's memory.
+    """Limits the pixels being decoded at once, and with them this process's memory.
 
-    One image of the largest size has it all for itself, so more cores do not need more memory.
+    An image of the maximum size is decoded alone, so more cores do not need more memory.
     """
 
     def __init__(self, pixels):
@@ -144,7 +143,7 @@ class Room:
 
 
 class Part:
-    """A Room as one image sees it, which remembers how many pixels that has."""
+    """A Room for one image, which records the image's number of pixels."""
 
     def __init__(self, room):
         self.room, self.pixels, self.seen = room, room.pixels, 0
@@ -155,9 +154,9 @@ class Part:
 
 
 class Reader(io.BytesIO):
-    """A file that stops those who read it in tiny pieces: millions of markers, chunks, comments.
+    """A file in memory that limits the number of reads: millions of markers, chunks or comments.
 
-    Pillow walks through these in Python, at about 3 s a million reads.
+    Pillow parses these in Python, at about 3 s per million reads.
     """
 
     reads, most = 0, MAX_READS

@@ -75,7 +75,7 @@ class Metrics:
             series, value = self.notes.popleft()
             series.add(value)
         for counter in self.counters:
-            # A stub waits for Triton's answer for ever, and while it does so it cannot end itself.
+            # A stub waits for Triton's response forever, and cannot exit while it does.
             if counter.owed and os.getppid() == self.triton:
                 counter.tell()
 
@@ -85,8 +85,8 @@ class Metrics:
 
 
 class Family:
-    """Counters of one name. All processes of the model share each, and they stay when these end:
-    Triton would remove a counter when the first of them lets go of it, and crash with the next."""
+    """Counters of one name. All processes of the model share each, and never release them: Triton
+    would remove a counter when the first process releases it, and crash with the next."""
 
     def __init__(self, name, text):
         self.name, self.text, self.family = name, text, None
@@ -95,13 +95,13 @@ class Family:
         if self.family is None:
             kind = pb_utils.MetricFamily.COUNTER
             self.family = pb_utils.MetricFamily(self.name, self.text, kind)
-            # With all its counters, by a reference that nobody has.
+            # An extra reference keeps it, and all its counters, alive.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.family))
         return self.family.Metric(labels)
 
 
 class Counter:
-    """`owed` is what Triton has not been told of yet."""
+    """A counter; `owed` is its growth not yet reported to Triton."""
 
     def __init__(self, family, **labels):
         self.family, self.labels = family, labels
@@ -114,15 +114,14 @@ class Counter:
         self.owed += value
 
     def tell(self):
-        # Where shared memory is used up it cannot be told; the next time, then.
+        # Fails if shared memory is used up; the next report includes it.
         with suppress(pb_utils.TritonModelException):
             self.metric.increment(self.owed)
             self.owed = 0
 
 
 class Histogram:
-    """A counter for each bound, of the values up to it, and those of all values, as Prometheus has
-    it."""
+    """A Prometheus histogram: a cumulative counter for each bound, and the count and sum of all."""
 
     def __init__(self, name, text, bounds):
         self.bounds = bounds
@@ -131,7 +130,7 @@ class Histogram:
         bucket = Family(f"{name}_bucket", text)
         limits = [*(f"{bound:g}" for bound in bounds), "+Inf"]
         self.buckets = [Counter(bucket, le=limit) for limit in limits]
-        # The largest bound first: at no moment has a lesser one more.
+        # The largest bound first, so that a smaller one never has a higher count.
         self.counters = [self.count, self.sum, *reversed(self.buckets)]
 
     def add(self, value):

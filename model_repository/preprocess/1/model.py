@@ -1,8 +1,8 @@
-"""Decode and resize: one encoded image file a row in, uint8 pixels [H, W, 3] out.
+"""Decodes and resizes: one encoded image file per row in, uint8 pixels [H, W, 3] out.
 
 The pixels are those the network was trained on (birder's transform), bit for bit: `convert("RGB")`
-(alpha dropped, EXIF orientation not applied), then straight to H x W by Pillow's BICUBIC, which
-bicubic.py does in less time. Normalising happens inside `vit`.
+(alpha dropped, EXIF orientation not applied), then directly to H x W by Pillow's BICUBIC, which
+bicubic.py does in less time. `vit` normalises them.
 """
 
 import atexit
@@ -20,12 +20,12 @@ from metrics import Metrics
 from PIL import Image
 from pulse import Pulse, now
 
-# gRPC carries error messages in headers (8 KiB by default), so a message has bounds.
+# Characters. gRPC sends error messages in headers, which are limited to 8 KiB by default.
 MAX_MESSAGE = 4000
 
 
 class TritonPythonModel:
-    """Answers each request of a dynamic batch on its own: a bad file costs no neighbour."""
+    """Answers each request of a dynamic batch separately: a bad file does not affect the others."""
 
     def initialize(self, args):
         config = json.loads(args["model_config"])
@@ -34,13 +34,13 @@ class TritonPythonModel:
         self.room = Room(int(parameter["max_image_pixels"]))
         self.max_bytes = int(parameter["max_request_bytes"])
         self.fast_jpeg = parameter["fast_jpeg"] == "true"
-        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which only warns up to twice of it
-        # Pillow's, about files: there can be 65,000 about one, each kept and written to the log.
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's limit only warns up to twice its value
+        # Pillow's warnings: one file can cause 65,000, each stored and logged.
         warnings.simplefilter("ignore")
         metrics = os.environ.get("VIT_METRICS", "127.0.0.1:8002")
         processes = sum(group["count"] for group in config["instance_group"])
         self.backlog = Backlog(metrics, int(parameter["max_waiting_images"]), processes)
-        told = parameter.get("threads", "auto")  # a number where vit-server has seen the machine
+        told = parameter.get("threads", "auto")  # a number if vit-server set it
         self.threads = threads() if told == "auto" else int(told)
         self.pool = ThreadPoolExecutor(self.threads)
         self.metrics = Metrics()
@@ -51,7 +51,7 @@ class TritonPythonModel:
         self.backlog.wait()
         begun = now()
         self.metrics.note(self.metrics.held_back_seconds, begun - came)
-        # Flat: a request may also say that it has the shape [0, 1], and have an image.
+        # Flat: a request may claim the shape [0, 1] and still contain an image.
         files = [pb_utils.get_input_tensor_by_name(r, "image").as_numpy().flat for r in requests]
         self.backlog.sent([len(batch) for batch in files])
         results = iter(self.decode_all([data for batch in files for data in batch]))
@@ -60,10 +60,10 @@ class TritonPythonModel:
         return answers
 
     def decode_all(self, files):
-        """All rows of all requests, by as many threads as there are: pixels, or why not, of each.
+        """Decode all rows of all requests in parallel; return pixels or an error message for each.
 
-        This thread is one of them, and each takes the next row as soon as it is done: a task of
-        the pool for each row would cost more, most of it under the interpreter's lock.
+        This thread takes part, and each thread takes the next row as soon as it is done: a pool
+        task per row would cost more, most of it holding the GIL.
         """
         results = [None] * len(files)
         left = iter(enumerate(files))
@@ -93,13 +93,13 @@ class TritonPythonModel:
         return pixels
 
     def answer(self, results):
-        """One request's rows -> its response: all pixels, or an error that names the bad rows."""
+        """Return a request's response: the pixels of all rows, or an error naming the bad rows."""
         bad = [f"image[{i}]: {why}" for i, why in enumerate(results) if isinstance(why, str)]
         if bad:
             self.metrics.note(self.metrics.refused_requests)
             error = pb_utils.TritonError(shorten(bad), pb_utils.TritonError.INVALID_ARG)
             return pb_utils.InferenceResponse(error=error)
-        if len(results) == 1:  # most have one, which need not be copied
+        if len(results) == 1:  # the most common case, without a copy
             pixels = results[0][np.newaxis]
         else:
             pixels = np.array(results, np.uint8).reshape(-1, self.height, self.width, 3)
@@ -108,13 +108,16 @@ class TritonPythonModel:
     def finalize(self):
         self.pool.shutdown()
         self.metrics.close()
-        # Python's own teardown takes half a second, and Triton unloads one process after the other.
+        # Python's teardown takes half a second, and Triton unloads the processes one by one.
         atexit.register(os._exit, 0)
 
 
 def threads():
-    """As many as the network's, by OpenMP's rules: in a container with a CPU limit they are fewer
-    than the cores. Of a list the first number counts; the others are for nested threads."""
+    """Return the number of threads, by OpenMP's rules as for the network.
+
+    With a container's CPU limit it is below the number of cores. In a list the first number counts;
+    the others are for nested threads.
+    """
     text = os.environ.get("OMP_NUM_THREADS", "").strip()
     if not text:
         return len(os.sched_getaffinity(0))
@@ -127,7 +130,7 @@ def threads():
 
 
 def shorten(lines):
-    """As many whole lines as fit into MAX_MESSAGE characters, and how many did not."""
+    """Join as many whole lines as fit into MAX_MESSAGE characters, and count those left out."""
     message = lines[0]
     for i, line in enumerate(lines[1:], start=1):
         if len(message) + len(line) > MAX_MESSAGE:

@@ -1,10 +1,10 @@
-"""A model's process that was held up must not answer.
+"""Watchdog: kills a model's process that stalled, before it can answer.
 
-Triton gives a Python model's process up when it has shown no sign of life for a second: stopped,
-starved of CPU, swapped out, the machine suspended. It fails that request, and takes the answer that
-comes late for the next request's, and so on from there (seen with Triton 2.51). So a process that
-was held up ends instead of answering, and that is noticed. Triton's second is by the wall clock: it
-may be over at once where that is set forward.
+Triton gives up on a Python model's process that has shown no sign of life for a second: stopped,
+starved of CPU, swapped out, or the machine suspended. It fails that request, and takes the late
+response for that of the next request, and so on from there (seen with Triton 2.51). So a process
+that stalled exits instead of answering, and vit-server notices. Triton measures the second by the
+wall clock: setting the clock forward may end it at once.
 """
 
 import os
@@ -14,18 +14,18 @@ import threading
 import time
 from pathlib import Path
 
-HELD_UP = 0.7  # seconds: Triton looks once a second, and its own sign of life comes every 0.3
+HELD_UP = 0.7  # seconds; Triton checks once a second, and the sign of life comes every 0.3
 SIGN = 0.3
-WAITED = 5  # seconds that a request may have waited for a core, after the process was let go on
-STEP = 0.25  # of the wall clock; with 0.7 it would be a second at once
+WAITED = 5  # seconds that a request may have waited for a core after the process resumed
+STEP = 0.25  # seconds, of the wall clock; STEP + HELD_UP must stay below Triton's second
 SLEEPS = re.compile(r"^voluntary_ctxt_switches:\s*(\d+)", re.MULTILINE)
 
 
 class Pulse:
-    """`begun = now()` before the work on requests, and `check(begun)` before an answer goes out."""
+    """Call `begun = now()` before working on requests, and `check(begun)` before responding."""
 
     def __init__(self, threads=None):
-        """`threads`: that work at once at the most, if those are not as many as the cores."""
+        """`threads` is the most that work at once, if not as many as the cores."""
         self.interval = interval(threads or cores())
         self.signs = Signs()
         self.last = now(), time.process_time(), 0
@@ -43,9 +43,9 @@ class Pulse:
         silent, used, signs = (
             after - before for after, before in zip(this, self.last, strict=True)
         )
-        # This thread may just have waited for Python's lock, which another one can keep for
-        # seconds, over a file of 500 MB, at work or waiting for a core. Triton's sign of life needs
-        # no lock: where it has come meanwhile, or a CPU was used, the process was not held up.
+        # This thread may just have waited for the GIL, which another thread can hold for seconds
+        # (over a file of 500 MB), working or waiting for a core. Triton's sign of life does not
+        # need the GIL: if it came in the meantime, or CPU time was used, the process did not stall.
         offset = wall_clock()
         if silent - max(used, signs * SIGN) > HELD_UP or offset - self.offset > STEP:
             self.held_up = this[0]
@@ -53,20 +53,20 @@ class Pulse:
 
     def check(self, begun):
         if now() - self.last[0] > self.interval or wall_clock() - self.offset > STEP:
-            self.beat()  # the thread has not come to see it yet
-        # The request may have been there before the work on it began.
+            self.beat()  # the thread may not have noticed yet
+        # The request may have arrived before the work on it began.
         if self.held_up > begun - WAITED:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Signs:
-    """Counts Triton's signs of life: a thread of its own that sleeps for 0.3 s, again and again.
+    """Counts Triton's signs of life, which come from a thread that sleeps for 0.3 s in a loop.
 
-    Nothing names that thread, so it is told by its rhythm, in the first seconds. Until then no sign
-    is counted.
+    That thread has no name, so it is identified by its rhythm, in the first seconds. Until then no
+    sign is counted.
     """
 
-    WATCHED = 3  # seconds, in which it goes to sleep 9 or 10 times
+    WATCHED = 3  # seconds, in which the thread goes to sleep 9 or 10 times
 
     def __init__(self):
         self.thread, self.since = None, 0
@@ -91,14 +91,14 @@ class Signs:
 
     @staticmethod
     def sleeps():
-        """Of each thread that is not Python's."""
+        """Return the count of sleeps of each thread that Python did not start."""
         ours = {str(thread.native_id) for thread in threading.enumerate()}
         names = {task.name for task in Path("/proc/self/task").iterdir()}
         return {name: sleeps(name) for name in names - ours}
 
 
 def sleeps(thread):
-    """How often it has gone to sleep, by itself; 0 where it has ended."""
+    """Return a thread's voluntary context switches; 0 if it has exited."""
     try:
         return int(SLEEPS.search(Path(f"/proc/self/task/{thread}/status").read_text())[1])
     except OSError:
@@ -106,22 +106,23 @@ def sleeps(thread):
 
 
 def interval(threads):
-    """Seconds between two looks, in which all threads may use a core, and hide as much of a stop.
+    """Return the seconds between two beats, short because CPU time used by all threads in between
+    can hide a stall of the same length.
 
-    One more than those is Python's own.
+    One more thread than `threads` is counted, for Python itself.
     """
     return min(0.1, 0.2 / min(threads + 1, len(os.sched_getaffinity(0))))
 
 
 def cores():
-    """As many as OpenMP has threads: where there is a CPU limit, fewer than the machine's."""
+    """Return the number of OpenMP threads: with a CPU limit, fewer than the machine's cores."""
     found = re.match(r"\s*(\d+)", os.environ.get("OMP_NUM_THREADS", ""))
     return int(found[1]) if found else len(os.sched_getaffinity(0))
 
 
 def wall_clock():
-    """Seconds that it is ahead of `now`, within 0.01."""
-    while True:  # again, where this thread lost its core between the clocks
+    """Return how many seconds the wall clock is ahead of `now`, within 0.01."""
+    while True:  # repeat if this thread was preempted between the clocks
         before, wall, after = now(), time.time(), now()
         if after - before < 0.01:
             return wall - after

@@ -1,7 +1,7 @@
-"""The loops of bicubic.py, in LLVM's vectors: compiled for this very processor, as the model loads.
+"""The loops of bicubic.py with LLVM's vectors, compiled for this processor when the model loads.
 
-Each takes addresses, as `array.ctypes.data` gives them, and sizes in elements, all int64. ctypes
-lets go of Python's lock while one runs. Nothing here is for one kind of processor.
+Each takes addresses, as in `array.ctypes.data`, and sizes in elements, all int64. ctypes releases
+the GIL while one runs. Nothing here depends on the kind of processor.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ import types
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-LANES = 32  # bytes that are weighed at a time: their sums are in registers
-SQUARE = 16  # rows and columns that are transposed at a time
-STRIP = 64  # rows that are on their side at a time: a cache line of each column
-BITS = 22  # of a weight's fraction: Pillow's PRECISION_BITS
+LANES = 32  # bytes weighted at a time: their sums fit into registers
+SQUARE = 16  # rows and columns transposed at a time
+STRIP = 64  # rows of a transposed strip: one cache line per column
+BITS = 22  # fraction bits of a weight: Pillow's PRECISION_BITS
 
 INT8, INT32, INT64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 BYTES, SUMS = ir.VectorType(INT8, LANES), ir.VectorType(INT32, LANES)
@@ -22,13 +22,13 @@ LINE = ir.VectorType(INT8, SQUARE)
 
 
 def weigh_rows(b, rows, first, count, weights, taps, out, new, n):
-    """Row i of `out` [new, n] is the sum of count[i] rows of `rows` [?, n] from first[i] on, each
-    times its weight of `weights` int32 [new, taps], rounded, and cut off at 0 and 255.
+    """Set row i of `out` [new, n] to the sum of count[i] rows of `rows` [?, n] from first[i] on,
+    each times its weight in `weights` int32 [new, taps], rounded, and clamped to 0..255.
 
     n >= LANES.
     """
     with each(b, new) as row, each(b, n, LANES) as lane:
-        x = smaller(b, lane, b.sub(n, INT64(LANES)))  # the last ones overlap
+        x = smaller(b, lane, b.sub(n, INT64(LANES)))  # the last lanes overlap
         source, many = (load(b, INT64, array, (row, 8)) for array in (first, count))
 
         def weighed(tap):
@@ -37,7 +37,7 @@ def weigh_rows(b, rows, first, count, weights, taps, out, new, n):
             lanes = b.insert_element(every(None), weight, INT32(0))
             return b.mul(b.zext(pixels, SUMS), b.shuffle_vector(lanes, every(None), every(0)))
 
-        # A half, so that cutting off the fraction rounds.
+        # Starts at a half, so that truncating the fraction rounds.
         value = b.ashr(summed(b, every(1 << (BITS - 1)), many, weighed), every(BITS))
         value = b.select(b.icmp_signed("<", value, every(0)), every(0), value)
         value = b.select(b.icmp_signed(">", value, every(255)), every(255), value)
@@ -45,9 +45,9 @@ def weigh_rows(b, rows, first, count, weights, taps, out, new, n):
 
 
 def transpose(b, rows, step, out, out_step, h, n):
-    """out[j, i] = rows[i, j] for h rows and n columns, both >= SQUARE."""
+    """Set out[j, i] = rows[i, j] for h rows and n columns, both >= SQUARE."""
     numbers = [INT64(k) for k in range(SQUARE)]
-    # Of a and b: a0 b0 a1 b1 … With lines k and k + 8, four times, it is the transpose.
+    # Interleaves a and b: a0 b0 a1 b1 … Four times, with lines k and k + 8, this transposes.
     order = [k // 2 + k % 2 * SQUARE for k in range(2 * SQUARE)]
     halves = [ir.Constant(ir.VectorType(INT32, SQUARE), half) for half in halved(order)]
     with each(b, h, SQUARE) as line, each(b, n, SQUARE) as column:
@@ -62,12 +62,12 @@ def transpose(b, rows, step, out, out_step, h, n):
 
 
 def weigh_columns(b, rows, first, count, weights, taps, out, new, n, height, columns, narrow):
-    """The same along each row: rows [height, n], out [height, 3 * new], both R, G, B, R, G, B, …
+    """Do the same along each row: rows [height, n], out [height, 3 * new], both R, G, B, R, G, B, …
 
     height, n and 3 * new >= SQUARE.
 
-    Along a row each pixel has other weights than its neighbour. So STRIP rows are turned on their
-    side, into `columns` [n, STRIP], where one weight meets 3 * STRIP bytes in a row.
+    Along a row each pixel has other weights than its neighbour. So STRIP rows are transposed into
+    `columns` [n, STRIP], where one weight applies to 3 * STRIP consecutive bytes.
     """
     turn, weigh = (b.module.get_global(name) for name in ("transpose", "weigh_rows"))
     strip, out_n = INT64(STRIP), b.mul(new, INT64(3))
@@ -81,7 +81,7 @@ def weigh_columns(b, rows, first, count, weights, taps, out, new, n, height, col
 
 @contextlib.contextmanager
 def each(b, stop, step=1):
-    """for index in range(0, stop, step), of which there is at least one."""
+    """Emit `for index in range(0, stop, step)` around the body; it runs at least once."""
     before, body, after = b.block, b.append_basic_block(), b.append_basic_block()
     b.branch(body)
     b.position_at_end(body)
@@ -95,7 +95,7 @@ def each(b, stop, step=1):
 
 
 def summed(b, begin, count, term):
-    """begin + term(0) + … + term(count - 1)."""
+    """Emit begin + term(0) + … + term(count - 1)."""
     before = b.block
     with each(b, count) as index:
         total = b.phi(begin.type)
@@ -106,7 +106,7 @@ def summed(b, begin, count, term):
 
 
 def address(b, start, *steps):
-    """Of what is so many steps after the start; each is a number, and bytes."""
+    """Emit the address `steps` after the start; each step is an index and a size in bytes."""
     for index, size in steps:
         start = b.add(start, b.mul(index, size if isinstance(size, ir.Value) else INT64(size)))
     return start
@@ -125,7 +125,7 @@ def smaller(b, one, other):
 
 
 def every(number):
-    """A vector of the same number; of none in particular, for None."""
+    """Return a vector with the same number in all lanes; undefined for None."""
     return ir.Constant(SUMS, ir.Undefined if number is None else [number] * LANES)
 
 
@@ -134,7 +134,7 @@ def halved(items):
 
 
 def compiled(*loops):
-    """An object with a function of each name, which takes int64."""
+    """Compile the loops; return an object with a function for each, which takes int64s."""
     module = ir.Module()
     for loop in loops:
         count = loop.__code__.co_argcount - 1
@@ -143,7 +143,7 @@ def compiled(*loops):
         b = ir.IRBuilder(function.append_basic_block())
         loop(b, *function.args)
         b.ret_void()
-    with contextlib.suppress(RuntimeError):  # wanted before llvmlite 0.45, an error since
+    with contextlib.suppress(RuntimeError):  # required before llvmlite 0.45, an error since
         llvm.initialize()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -152,7 +152,7 @@ def compiled(*loops):
     machine = target.create_target_machine(cpu=cpu, features=features, opt=3)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
     engine.finalize_object()
-    code = types.SimpleNamespace(engine=engine)  # which holds the machine code
+    code = types.SimpleNamespace(engine=engine)  # keeps the machine code alive
     for function in module.functions:
         kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(function.args))
         setattr(code, function.name, kind(engine.get_function_address(function.name)))
