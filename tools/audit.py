@@ -1,6 +1,6 @@
-"""`make lint`: are the installed packages known to be vulnerable? By pip-audit, asked of OSV.
+"""`make lint`: checks the installed packages for known vulnerabilities, by pip-audit and OSV.
 
-Where OSV cannot be reached nothing is audited, which is said, and is no failure.
+If OSV cannot be reached, nothing is audited: that is reported, and is not a failure.
 """
 
 import json
@@ -14,9 +14,9 @@ OURS = ("vit-builder", "vit-client", "vit-server")
 
 
 def main(*options: str) -> int:
-    # Without local versions: an advisory for torch 2.13.0 holds for 2.13.0+cpu.
+    # Without local versions: an advisory for torch 2.13.0 applies to 2.13.0+cpu.
     installed = {d.name: d.version.partition("+")[0] for d in distributions() if d.name not in OURS}
-    # One question first: an audit that skips what it cannot look up calls all of it good.
+    # One query first: pip-audit skips what it cannot look up, and would report success.
     probe = audit({"pip": installed["pip"]}, *options)
     if probe is None:
         print("audit: the advisory database (osv.dev) cannot be reached: NOTHING WAS AUDITED")
@@ -36,7 +36,7 @@ def main(*options: str) -> int:
 
 
 def audit(packages: dict[str, str], *options: str) -> list[dict] | None:
-    """pip-audit's findings, or None where it could not ask."""
+    """Return pip-audit's findings, or None if it could not query OSV."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "requirements.txt")
         file.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()))

@@ -1,4 +1,4 @@
-"""`make demo`: ask the full-size network about a photo, then one that has learned digits."""
+"""`make demo`: runs the full-size network on a photo, then a small one trained on digits."""
 
 import shlex
 import signal

@@ -1,4 +1,4 @@
-"""All steps of a build: calibrate, trace, fill the repository, prove it, report."""
+"""All steps of a build: calibrate, trace, fill the repository, verify it, report."""
 
 import json
 import sys
@@ -22,11 +22,11 @@ def build(
     sha256: str = "",
     calibrate: Path | None = None,
 ) -> verify.Agreement:
-    """Trace `model`, write the repository and prove it; `output` is replaced only at the end.
+    """Trace `model`, write the repository and verify it; `output` is replaced only at the end.
 
     Args:
-        calibrate: a folder of images to find int8's scales with, of which one in four is held
-            apart to prove it; without one, the photos that ship with the builder.
+        calibrate: a folder of images to calibrate int8 with, one in four of which is held out for
+            verification; by default, the photos that ship with the builder.
 
     Raises:
         CalibrationError, RepositoryError, VerificationError: the message says what is wrong.
@@ -53,8 +53,8 @@ def build(
             "model": model.name,
             "weights": "trained" if model.trained else "random",
             "weights_sha256": sha256,
-            "model_version": str(number),  # as answers have it
-            # Of the files that only make sense together: vit-server compares.
+            "model_version": str(number),  # as in responses
+            # Of the files that must be from the same build: vit-server checks them.
             "sha256": {name: hub.file_sha256(folder / name) for name in repository.built(number)},
             "network": asdict(model.config),
             **asdict(settings),
@@ -68,7 +68,7 @@ def build(
 
 
 def _calibrate(model: Checkpoint, calibration: Calibration) -> dict[str, Quantised]:
-    """The scales of all layers; those that int8 does not suit are told."""
+    """Calibrate all layers for int8, and report those that stay in fp32."""
     say(
         f"Calibrating int8 with {calibration.source}: {_count(calibration.images)}, and "
         f"{len(calibration.held_apart)} held out …"
@@ -82,7 +82,7 @@ def _calibrate(model: Checkpoint, calibration: Calibration) -> dict[str, Quantis
 
 
 def _of_int8(calibration: Calibration, layers: dict[str, Quantised]) -> dict[str, object]:
-    """For the report."""
+    """Return the report's section on int8."""
     return {
         "calibrated_with": calibration.source,
         "images": len(calibration.images),

@@ -1,4 +1,4 @@
-"""Read birder checkpoints: `.pt` (weights only, no pickle code runs) and `.safetensors`."""
+"""Reads birder checkpoints: `.pt` (weights only, no pickle code runs) and `.safetensors`."""
 
 import json
 import pickle
@@ -18,27 +18,27 @@ from torch import Tensor
 
 from .model import ViT, ViTConfig
 
-# birder renamed parameters between its releases; the numbers are the same.
+# birder renamed parameters between its releases; the values are the same.
 _LEGACY_NAMES = (
     (r"\.ln(\d)\.", r".norm\1."),
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.self_attention\.out_proj\.", ".attn.proj."),
 )
-# What torch.compile, DataParallel and Lightning put before (or, of a part, between) the names.
+# Prefixes of names by torch.compile, DataParallel and Lightning (or infixes, for a submodule).
 _WRAPPERS = re.compile(r"^(?:(?:module|model|_forward_module|_orig_mod)\.)+|\b_orig_mod\.")
 _CONFIG_FIELDS = {f.name for f in fields(ViTConfig)} - {"image_size", "num_classes", "norm_eps"}
 _TRAINING_ONLY = {"drop_path_rate"}  # config overrides that change nothing at inference
-# Mean and standard deviation of the published checkpoint, for models made here.
+# Mean and standard deviation of the published checkpoint, for models with random weights.
 _RGB_MEAN, _RGB_STD = (0.5191, 0.5306, 0.4877), (0.2316, 0.2304, 0.2588)
 
 
 class CheckpointError(Exception):
-    """The file is not a checkpoint of this network; the message says what is wrong with it."""
+    """The file is not a checkpoint of this network; the message says why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything the builder needs to know about one model."""
+    """A model's sizes, weights, labels and colour statistics."""
 
     name: str
     config: ViTConfig
@@ -49,7 +49,7 @@ class Checkpoint:
     trained: bool
 
     def network(self) -> ViT:
-        """The network with these weights, fp32, in eval mode."""
+        """Return the network with these weights, in fp32 and eval mode."""
         network = ViT(self.config)
         network.load_state_dict(self.state)
         return network.eval()
@@ -58,11 +58,11 @@ class Checkpoint:
 def load(path: Path) -> Checkpoint:
     """Load a birder checkpoint, in the current or the legacy layout.
 
-    Image size, classes, labels and rgb_stats are taken from the file; so are overrides of the
-    network's sizes where it has a `config`.
+    Image size, classes, labels and rgb_stats are taken from the file, and overrides of the
+    network's sizes if it has a `config`.
 
     Raises:
-        CheckpointError: not such a checkpoint; says why in one sentence.
+        CheckpointError: it is not such a checkpoint; says why in one sentence.
     """
     try:
         with path.open("rb") as f:
@@ -84,7 +84,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def random(config: ViTConfig | None = None) -> Checkpoint:
-    """A model with made, not trained, weights: the same numbers on every machine.
+    """Return a model with random weights, identical on every machine.
 
     Each tensor is seeded by the CRC-32 of its name and scaled so that activations stay in range.
     """
@@ -110,7 +110,7 @@ def random(config: ViTConfig | None = None) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint in birder's `.safetensors` form (`load` reads it back)."""
+    """Write a checkpoint in birder's `.safetensors` format (`load` reads it back)."""
     cfg = asdict(checkpoint.config)
     metadata = {
         "signature": {
@@ -126,7 +126,7 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _read_pt(path: Path) -> Mapping[str, Any]:
-    # torch's own messages are not passed on: they advise to open the file in a way that runs code.
+    # torch's own messages are not passed on: they suggest loading the file in a way that runs code.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -243,7 +243,7 @@ def _check_state(state: Mapping[str, Any], config: ViTConfig) -> dict[str, Tenso
 
 
 def _skeleton(config: ViTConfig) -> dict[str, Tensor]:
-    """Names and shapes of the parameters, without their memory."""
+    """Return the parameters as meta tensors: names and shapes without memory."""
     with torch.device("meta"):
         return dict(ViT(config).state_dict())
 

@@ -24,17 +24,17 @@ UNTRAINED = """
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     parser = _parser()
     args = parser.parse_args()
     if args.precision == "int8" and args.device == "cuda":
         parser.error("--precision int8 is for CPUs: on a GPU use fp16")
     if args.calibrate and args.precision != "int8":
         parser.error("--calibrate is for --precision int8 only")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half a build is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a partial build is removed
     start = time.monotonic()
     try:
-        repository.check_output(args.output)  # before minutes are spent on what goes there
+        repository.check_output(args.output)  # fail before minutes of work
         if args.calibrate:
             images.images(args.calibrate)
         model, sha256 = _weights(args)
@@ -79,7 +79,7 @@ def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
     classes = model.config.num_classes
     if args.top_k and args.top_k > classes:
         raise checkpoint.CheckpointError(f"--top-k {args.top_k} is more than the {classes} classes")
-    # Larger batches cost latency: a CPU gains nothing over 16 (measured); a GPU should be busy at
+    # Larger batches cost latency: a CPU gains nothing above 16 (measured); a GPU should be busy at
     # 64 (assumed).
     max_batch_size = args.max_batch_size or (64 if device == "cuda" else 16)
     top_k = args.top_k or min(100, classes)
@@ -96,11 +96,11 @@ def _settings(args: argparse.Namespace, model: Checkpoint) -> Settings:
 
 
 def _for_this_cpu() -> tuple[str, str]:
-    """bf16 if this processor is faster in it than in fp32 at a layer of four images; and why.
+    """Return bf16 if this CPU is faster in it than in fp32 for a layer of four images; and why.
 
-    Measured, because its flags do not tell: with AMX bf16 takes a fraction of the time, with
-    AVX512-BF16 alone it took 51 ms where fp32 took 29 (an Intel Xeon whose AMX was hidden). By one
-    thread in its own time, so that what else runs on the machine does not decide.
+    Measured, because the CPU's flags are not enough: with AMX bf16 takes a fraction of the time,
+    with AVX512-BF16 alone it took 51 ms and fp32 29 (an Intel Xeon with AMX hidden). In one
+    thread's CPU time, so that other load on the machine does not affect the choice.
     """
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "fp32", "this CPU has no bf16"
@@ -111,19 +111,19 @@ def _for_this_cpu() -> tuple[str, str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        for _ in range(6):  # in turns; the first is slow
+        for _ in range(6):  # alternating; the first round is slow
             for layer, x, seconds in zip(layers, tokens, times, strict=True):
                 start = time.thread_time()
                 layer(x)
                 seconds.append(time.thread_time() - start)
     torch.set_num_threads(threads)
     fp32, bf16 = (min(each) * 1000 for each in times)
-    precision = "bf16" if bf16 < 0.8 * fp32 else "fp32"  # less is not worth the rounding
+    precision = "bf16" if bf16 < 0.8 * fp32 else "fp32"  # a smaller gain is not worth the rounding
     return precision, f"on this CPU a layer takes {bf16:.0f} ms in bf16 and {fp32:.0f} ms in fp32"
 
 
 def positive(text: str) -> int:
-    """An argument that is a count."""
+    """Parse an argument that must be a positive integer."""
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")

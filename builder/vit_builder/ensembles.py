@@ -1,9 +1,9 @@
-"""The ensembles: `everything`, which is in the template, and the parts of it that are made here."""
+"""The ensembles: `everything`, which is in the template, and those derived from it here."""
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 WHOLE = "everything"
-# Of each part the outputs. `analyze` is all but `neck`, which is six times the rest.
+# The outputs of each part. `analyze` has all but `neck`, which is six times the rest.
 PARTS = {
     "classify": ("scores", "indices", "labels"),
     "probabilities": ("probabilities",),
@@ -14,11 +14,11 @@ PARTS = {
 
 
 def part(whole: ModelConfig, name: str) -> ModelConfig:
-    """`whole` with the outputs of the part `name`, and the steps that lead to them.
+    """Return `whole` reduced to the outputs of the part `name` and the steps they need.
 
-    A request to `whole` that names these outputs gets the same numbers, but costs more: Triton asks
-    each step that runs for all that is in its output_map (EnsembleContext::InitStep of
-    triton-inference-server/core), and what nobody wants is copied and thrown away.
+    Requesting only these outputs from `whole` gives the same numbers, but costs more: Triton
+    requests all outputs in each step's output_map (EnsembleContext::InitStep of
+    triton-inference-server/core), and unused ones are copied and discarded.
     """
     config = ModelConfig()
     config.CopyFrom(whole)

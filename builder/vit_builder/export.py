@@ -1,4 +1,4 @@
-"""The served graph: what TorchScript sees, kept apart from the network itself."""
+"""The served graph, which TorchScript traces; separate from the network itself."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from .int8 import Quantised, calibrate
 from .model import ViT
 
 CENTRE = 128
-# Of what is not a linear layer; those that int8 suits are in that.
+# For int8, the dtype of all but the linear layers that run in int8.
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -21,7 +21,7 @@ DTYPES = {
 
 
 class Normalise(nn.Module):
-    """uint8 [N, H, W, 3] -> what the network takes, [N, 3, H, W]; calculated in fp32."""
+    """uint8 [N, H, W, 3] -> the network's input [N, 3, H, W]; calculated in fp32."""
 
     mean: Tensor
     std: Tensor
@@ -41,9 +41,9 @@ class Patches(nn.Module):
     """Normalising and the patch convolution in one linear layer: uint8 [N, H, W, 3] ->
     [N, D, patches].
 
-    A convolution whose steps are as wide as its window is a linear layer on patches, and that is a
-    matrix product on any device, without a plan to make for each batch size. Its inputs are pixels
-    less CENTRE, which bf16 has exactly; an int8 layer takes the pixels as they are.
+    A convolution whose stride equals its kernel size is a linear layer on patches, and that is a
+    matrix product on any device, without a plan for each batch size. Its inputs are pixels minus
+    CENTRE, which bf16 represents exactly; an int8 layer takes the pixels unchanged.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Patches(nn.Module):
         bias = conv.get_parameter("bias").detach() + (weight * (CENTRE - mean)).sum((1, 2, 3))
         self.size, self.dtype, self.centre, self.int8 = conv.stride[0], dtype, CENTRE, int8
         linear = nn.Linear(weight[0].numel(), len(weight))
-        linear.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1))  # as pixels lie
+        linear.weight = nn.Parameter(weight.permute(0, 2, 3, 1).flatten(1))  # pixel order
         linear.bias = nn.Parameter(bias)
         self.linear: nn.Module = linear.to(dtype)
 
@@ -75,8 +75,8 @@ class Patches(nn.Module):
 class ServedViT(nn.Module):
     """Pixels in, the five outputs of the wire contract out.
 
-    Normalising happens here, so that a quarter of the bytes cross to the GPU. Softmax and top-k
-    happen here because Triton's own classification extension sorts all classes on the CPU.
+    Normalising is part of the graph so that a quarter of the bytes are copied to the GPU; softmax
+    and top-k, because Triton's classification extension sorts all classes on the CPU.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ServedViT(nn.Module):
 
 
 def quantise(checkpoint: Checkpoint, pixels: Tensor) -> dict[str, Quantised]:
-    """Calibrate the CPU's linear layers for int8, on uint8 [N, H, W, 3]; the result is by name."""
+    """Calibrate the CPU's linear layers for int8 with uint8 [N, H, W, 3]; return them by name."""
     network = checkpoint.network()
     network.conv_proj = Patches(network.conv_proj, checkpoint, torch.float32)  # type: ignore[assignment]
     fold(network)
@@ -121,12 +121,12 @@ def trace(
     neck_precision: str = "fp32",
     int8: Mapping[str, Quantised] = {},
 ) -> torch.jit.ScriptModule:
-    """Trace the served graph on the CPU, so that no device is baked in.
+    """Trace the served graph on the CPU, so that it depends on no device.
 
-    It is traced at two images: at one, shapes that depend on the batch could fold into constants.
+    It is traced with two images: with one, the batch size could be folded into constants.
 
     Args:
-        int8: the layers that run in that, of those that `quantise` found.
+        int8: the layers to run in int8, from `quantise`.
     """
     network, dtype = checkpoint.network(), DTYPES[precision]
     patches = Patches(network.conv_proj, checkpoint, dtype, "conv_proj.linear" in int8)
@@ -135,7 +135,7 @@ def trace(
         fold(network)
         fuse(network, dtype, int8)
     served = ServedViT(network, checkpoint, precision, top_k, neck_precision).eval()
-    # The first layer takes the pixels as they are. Traced, it would hold CENTRE as a CPU's tensor.
+    # The first layer takes raw pixels. Traced, it would store CENTRE as a tensor on the CPU.
     network.conv_proj = torch.jit.script(patches)  # type: ignore[assignment]
     served.normalise = nn.Identity()
     height, width = checkpoint.config.image_size

@@ -1,12 +1,11 @@
-"""The network's layers as a CPU likes them: the same numbers, in fewer and larger steps.
+"""Fused layers for CPUs: the same function as the plain network, in fewer and larger operations.
 
-Half the time of the plain network on a CPU goes into what is not a matrix product. Here each linear
-layer is one call of oneDNN, with a weight that was laid out for the processor when the file was
-loaded. The operators are those that torch.compile takes for CPUs
-(torch/_inductor/fx_passes/mkldnn_fusion.py in https://github.com/pytorch/pytorch). Loaded onto a
-GPU, the same file runs the plain layers.
+Half of the plain network's time on a CPU is spent outside matrix products. Here each linear layer
+is one oneDNN call, with its weight packed for the processor when the file is loaded. The operators
+are those that torch.compile uses for CPUs (torch/_inductor/fx_passes/mkldnn_fusion.py in
+https://github.com/pytorch/pytorch). Loaded onto a GPU, the same file runs the plain layers.
 
-TorchScript has to see which device it runs on, so these are scripted; the rest is traced.
+These are scripted because they branch on the device; the rest is traced.
 """
 
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ from .model import Attention, Block, ViT
 
 
 def fold(network: ViT) -> None:
-    """Change the network, in place, so that its blocks' norms have no weight:
-    (x * g) W^T = x (W * g)^T, and so it becomes part of the layer after it.
+    """Fold the weights of the blocks' norms into the layers after them, in place:
+    (x * g) W^T = x (W * g)^T.
     """
     for block in network.encoder.block:
         assert isinstance(block, Block)
@@ -32,10 +31,10 @@ def fold(network: ViT) -> None:
 
 
 def fuse(network: ViT, dtype: torch.dtype, int8: Mapping[str, Quantised] = {}) -> None:
-    """Change the folded network (fp32), in place, to the layers below, with weights in `dtype`.
+    """Replace the layers of the folded fp32 network, in place, with fused ones in `dtype`.
 
-    Its first layer is a linear one on patches. The linear layers that `int8` names run in that;
-    the head stays in fp32.
+    Its first layer must be `Patches`. The linear layers that `int8` names run in int8; the head
+    stays in fp32.
     """
     tokens = network.cfg.num_tokens
 
@@ -68,7 +67,7 @@ def _packed(linear: nn.Module, dtype: torch.dtype, rows: int, gelu: bool = False
 
 
 class FusedBlock(nn.Module):
-    """A block whose linear layers also do what comes after them: GELU, and the residuals."""
+    """A block whose linear layers include the GELU or the residual addition that follows."""
 
     norm1: nn.Module
     norm2: nn.Module
@@ -78,7 +77,7 @@ class FusedBlock(nn.Module):
 
     def __init__(self, attn: Attention) -> None:
         super().__init__()
-        self.attn = attn  # but for its last layer, `proj`
+        self.attn = attn  # without its last layer, `proj`
 
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
         x = self.proj(self.attn(self.norm1(x)), x)
@@ -87,7 +86,7 @@ class FusedBlock(nn.Module):
 
 
 class RMS(nn.Module):
-    """RMSNorm over the last axis, without a weight. `into` an int8 layer it writes its steps."""
+    """RMSNorm over the last axis, without a weight; quantised output if `into` is an int8 layer."""
 
     def __init__(self, eps: float, into: Quantised | None = None) -> None:
         super().__init__()
@@ -97,7 +96,7 @@ class RMS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, T, D] -> [N, T, D]
         if x.device.type != "cpu":
             return F.rms_norm(x, [x.shape[-1]], None, self.eps)
-        # rms_norm is seven passes over the data on a CPU; these are three.
+        # On a CPU rms_norm makes seven passes over the data; this makes three.
         norm = torch.linalg.vector_norm(x, 2.0, [-1], True, dtype=torch.float32)
         scale: Tensor = (norm.square() / x.shape[-1] + self.eps).rsqrt()
         if self.writes_steps:
@@ -106,9 +105,9 @@ class RMS(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """x W^T + b, and after it the exact GELU, or a residual.
+    """x W^T + b, followed by the exact GELU or a residual addition.
 
-    The file holds the plain weight. What fits the processor is made of it on loading.
+    The file has the plain weight, which is packed for the processor on loading.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, rows: int, gelu: bool) -> None:
@@ -126,7 +125,7 @@ class PackedLinear(nn.Module):
             return out if residual is None else out + residual
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise(x, residual, self.packed, self.bias, "add")  # type: ignore[no-any-return]
-        # For more than one image oneDNN's own GELU takes longer than the two steps.
+        # For more than one image oneDNN's fused GELU is slower than a separate one.
         fused = self.gelu and x.shape[0] == 1
         post, kind = ("gelu", "none") if fused else ("none", "")
         out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, post, [], kind)

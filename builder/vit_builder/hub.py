@@ -24,20 +24,21 @@ SHA256 = (
 
 
 class HubUnreachable(Exception):
-    """The hub does not answer: no network, or a proxy in the way."""
+    """The hub does not answer: no network, or a proxy blocks it."""
 
 
 class HubError(Exception):
-    """The hub answered, but not with one of the two files that were published."""
+    """The hub answered, but not with one of the two published files."""
 
 
 def published() -> tuple[Checkpoint, str]:
-    """The published checkpoint and the SHA-256 of its file, from the cache or else from the hub.
+    """Return the published checkpoint and its file's SHA-256, from the cache or else from the hub.
 
-    The download is checked, then kept as safetensors in `$XDG_CACHE_HOME/vit-builder`.
+    The download is verified, then cached as safetensors in `$XDG_CACHE_HOME/vit-builder`.
 
     Raises:
-        HubUnreachable, HubError: see there.
+        HubUnreachable: no answer.
+        HubError: another answer than the published file.
     """
     for sha256 in SHA256:
         if (cached := _cached(sha256)).is_file():
@@ -78,9 +79,9 @@ def _cached(sha256: str) -> Path:
 
 def _download(folder: Path) -> Path:
     api = HfApi(endpoint=ENDPOINT)
-    # The HTTP library, and so its exceptions, is another one in each huggingface_hub.
+    # Catches all: the HTTP library, and so its exceptions, varies by huggingface_hub version.
     try:
-        # Fails within seconds where there is no network; the download itself would retry for long.
+        # Fails within seconds without a network; the download itself would retry for long.
         api.repo_info(REPO, revision=REVISION, timeout=10)
     except (RepositoryNotFoundError, RevisionNotFoundError) as e:
         raise HubError(f"{REPO}: {_first_line(e)}") from e

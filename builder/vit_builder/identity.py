@@ -1,4 +1,4 @@
-"""The version of a model: one number for whatever decides its answers."""
+"""The version of a model: one number derived from everything that determines its outputs."""
 
 import hashlib
 import json
@@ -7,22 +7,22 @@ from dataclasses import asdict
 from .checkpoint import Checkpoint
 from .repository import Settings
 
-# To be raised where a change of the builder or the template changes what the same checkpoint
-# answers, by more than rounding.
+# To be increased if a change to the builder or the template changes the outputs for the same
+# checkpoint by more than rounding.
 ANSWERS = 1
 
 
 def version(checkpoint: Checkpoint, settings: Settings, calibration: str = "") -> int:
-    """Triton's `model_version` for all models of a repository: below 2^48, which JavaScript and
-    JSON have exactly, and above 1, which is the template's.
+    """Return Triton's `model_version` for all models of a repository: below 2^48, which JavaScript
+    and JSON represent exactly, and above 1, which is the template's.
 
-    It is a digest of the weights (in whichever layout and kind of file they came), the labels, the
-    colour statistics, the precisions, K and how JPEGs are decoded; and so the same on every
-    machine, whatever the file's name, the device and the limits. It tells models apart, and has no
-    order: a later build may have a smaller one.
+    It is a digest of the weights (in any layout and file format), the labels, the colour
+    statistics, the precisions, K and how JPEGs are decoded. So it is the same on every machine,
+    whatever the file's name, the device and the limits. It identifies a model, and has no order: a
+    later build may have a smaller one.
 
     Args:
-        calibration: digest of the images that decided int8's scales.
+        calibration: digest of the images that int8 was calibrated with.
     """
     facts = {
         "answers": ANSWERS,

@@ -1,4 +1,4 @@
-"""The images that a build is tried on, and int8 is calibrated with."""
+"""The images for verifying a build and for calibrating int8."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 SHIPPED = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
-# More change the scales by less than the headroom that these get (int8.py).
+# More would change the scales by less than the headroom they get (int8.py).
 MAX_CALIBRATION = 32
-HELD_APART = 4  # one in these
-# Those that `preprocess` takes.
+HELD_APART = 4  # one in this many is held out
+# Those that `preprocess` accepts.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
@@ -23,22 +23,22 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Images for int8: to find scales with, and held apart to see what the scales are worth."""
+    """Images for int8: for calibration, and held out for verification."""
 
     source: str
     images: Tensor  # uint8 [N, H, W, 3]
     held_apart: Tensor  # uint8 [M, H, W, 3]
 
     def digest(self) -> str:
-        """Of the pixels that decide the answers."""
+        """Return the SHA-256 of the calibration pixels, which affect the model's outputs."""
         return hashlib.sha256(self.images.numpy().data).hexdigest()
 
 
 def calibration(folder: Path | None, size: tuple[int, int]) -> Calibration:
-    """The images in `folder`, spread evenly over their names; without one, the shipped photos.
+    """Return images from `folder`, spread evenly by name; by default the shipped photos.
 
     Args:
-        size: of the network's images, (H, W).
+        size: (H, W) of the network's input.
 
     Raises:
         CalibrationError: there are fewer than two images, or one of them cannot be read.
@@ -56,7 +56,7 @@ def calibration(folder: Path | None, size: tuple[int, int]) -> Calibration:
 
 
 def images(folder: Path) -> list[Path]:
-    """The images in a folder and those below it, by name; other files are left out.
+    """Return the image files in a folder and its subfolders, by name; other files are skipped.
 
     Raises:
         CalibrationError: there are fewer than two.
@@ -78,10 +78,10 @@ def images(folder: Path) -> list[Path]:
 
 
 def pixels(files: list[Path], size: tuple[int, int]) -> Tensor:
-    """uint8 [N, H, W, 3], as `preprocess` makes them.
+    """Return uint8 [N, H, W, 3], as `preprocess` produces them.
 
     Raises:
-        CalibrationError: one is not an image.
+        CalibrationError: a file is not a readable image.
     """
     height, width = size
     rows = []
@@ -91,7 +91,7 @@ def pixels(files: list[Path], size: tuple[int, int]) -> Tensor:
                 rgb = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         except UnidentifiedImageError:
             raise CalibrationError(f"{file} is not an image") from None
-        # Pillow's decoders raise more kinds than they document.
+        # Pillow's decoders raise more exceptions than are documented.
         except Exception as e:
             raise CalibrationError(f"{file} cannot be read: {e}") from None
         rows.append(torch.from_numpy(np.array(rgb)))

@@ -1,7 +1,7 @@
-"""Linear layers in int8, for processors with VNNI: there a quarter of fp32's time.
+"""Linear layers in int8, for processors with VNNI, where they take a quarter of fp32's time.
 
-Weights have a scale for each output channel. Inputs have one scale for all, which is found
-beforehand on images ("static"), so that an answer does not depend on the batch that it is in.
+Weights have a scale per output channel. Inputs have one scale per tensor, calibrated on images
+(static quantisation), so that a result does not depend on the rest of its batch.
 
 - "A White Paper on Neural Network Quantization", Nagel et al. 2021, https://arxiv.org/abs/2106.08295
 - oneDNN's int8, https://uxlfoundation.github.io/oneDNN/dev_guide_int8_computations.html
@@ -14,27 +14,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Other images reach further than those of the calibration, and what is cut off costs far more than
-# coarser steps: on a photo that was held apart 1 - cosine was 0.0014 without and 0.00013 with this
-# (with the first layer in fp32).
+# Other images exceed the range of the calibration, and clipping costs far more than coarser steps:
+# on a held-out photo 1 - cosine was 0.0014 without and 0.00013 with this (with the first layer in
+# fp32).
 HEADROOM = 1.5
-# Of a layer's output, relative. The made weights' layers have 0.01 to 0.02; outliers bring more.
+# Relative error of a layer's output. With random weights it is 0.01 to 0.02; outliers raise it.
 MAX_ERROR = 0.05
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What calibration found for one linear layer."""
+    """Calibration of one linear layer."""
 
-    scale: float  # of one step of its input
-    zero: int  # the step, of 0 to 255, that stands for 0.0
-    bias: Tensor  # fp32 [out], less the mean of what rounding adds
+    scale: float  # of its input: the size of one step
+    zero: int  # zero point: the step, 0 to 255, for 0.0
+    bias: Tensor  # fp32 [out], corrected for the mean quantisation error
     error: float  # of its output, relative to fp32's
 
 
 def calibrate(network: nn.Module, inputs: Tensor, zero_of_pixels: int) -> dict[str, Quantised]:
-    """Run the fp32 network on `inputs`, all in one batch, and find the scales of every linear layer
-    but the head, by name. The first one's are given: it takes pixels less `zero_of_pixels`.
+    """Run the fp32 network on `inputs`, in one batch, and calibrate every linear layer but the
+    head; return them by name. The first layer's scale is fixed: pixels minus `zero_of_pixels`.
     """
     found: dict[str, Quantised] = {}
 
@@ -75,20 +75,20 @@ def _quantised(linear: nn.Module, x: Tensor, out: Tensor, scale: float, zero: in
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [out, in] and its scales [out]."""
+    """Quantise a weight: return int8 [out, in] and its scales [out]."""
     scales = weight.detach().abs().amax(1).clamp(min=1e-12) / 127
     return (weight.detach() / scales[:, None]).round().to(torch.int8), scales
 
 
 def to_steps(x: Tensor, factor: Tensor, zero: int) -> Tensor:
-    """uint8, where `factor` is how many steps 1.0 has."""
-    # Half a step, to round.
+    """Quantise to uint8; `factor` is the number of steps per 1.0."""
+    # The 0.5 makes the truncation round.
     return (x * factor).add_(zero + 0.5).clamp_(0.0, 255.0).to(torch.uint8)
 
 
 def is_exact() -> bool:
-    """Whether this processor's int8 is right. Without VNNI it adds products up in 16 bits, which
-    overflow.
+    """Return whether this processor's int8 is exact. Without VNNI products are summed in 16 bits,
+    which overflow.
     """
     x = torch.full([1, 64], 255, dtype=torch.uint8)
     weight, scales = torch.full([16, 64], 127, dtype=torch.int8), torch.ones(16)
@@ -100,12 +100,13 @@ def is_exact() -> bool:
 
 
 class Int8Linear(nn.Module):
-    """x W^T + b in int8, and in the same step what comes after it: the exact GELU, or a residual.
+    """x W^T + b in int8, fused with the exact GELU or residual addition that follows.
 
-    `x` is fp32; or its steps, where the layer before wrote those. So does this one `into` the next.
+    `x` is fp32, or uint8 if the previous layer quantised it; the output is quantised for the layer
+    `into`, if any.
 
-    The file holds the plain int8 weight. What fits the processor is made of it on loading. A GPU,
-    and a processor without VNNI, run the same weights in fp32.
+    The file has the plain int8 weight, which is packed for the processor on loading. A GPU, and a
+    processor without VNNI, run the same weights in fp32.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ It is birder's `vit_reg4_m16_rms_avg` (https://gitlab.com/birder/birder), writte
 - "Vision Transformers Need Registers", Darcet et al. 2023, https://arxiv.org/abs/2309.16588
 - "Root Mean Square Layer Normalization", Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
 
-Parameter names are those of birder's current checkpoints, so a state dict loads as it is.
+Parameter names are those of birder's current checkpoints, so a state dict loads unchanged.
 """
 
 from dataclasses import dataclass
@@ -67,10 +67,10 @@ class Block(nn.Module):
         self.norm1 = nn.RMSNorm(cfg.hidden_dim, eps=cfg.norm_eps)
         self.attn = Attention(cfg)
         self.norm2 = nn.RMSNorm(cfg.hidden_dim, eps=cfg.norm_eps)
-        # Two places are empty because birder has dropout there, and the numbers are in the names.
+        # The Identity replaces birder's dropout: the indices are part of the parameters' names.
         self.mlp = nn.Sequential(
             nn.Linear(cfg.hidden_dim, cfg.mlp_dim),
-            nn.GELU(),  # the exact one (erf)
+            nn.GELU(),  # exact (erf)
             nn.Identity(),
             nn.Linear(cfg.mlp_dim, cfg.hidden_dim),
         )
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of blocks (a module of its own only for the parameters' names)."""
+    """The stack of blocks (a separate module only for the parameters' names)."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class ViT(nn.Module):
         x = torch.cat([self.reg_tokens.expand(x.shape[0], -1, -1), x], dim=1)  # registers first
         x = self.norm(self.encoder(x + self.pos_embedding))
         patches = x[:, self.cfg.num_reg_tokens :]
-        # In the head's precision, which may be above the encoder's.
+        # In the head's precision, which may be higher than the encoder's.
         embedding = patches.mean(dim=1, dtype=self.classifier.weight.dtype)
         neck = torch.unflatten(patches.transpose(1, 2), 2, self.cfg.grid)
         return self.classifier(embedding), embedding, neck

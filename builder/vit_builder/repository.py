@@ -1,4 +1,4 @@
-"""Fill a Triton model repository from the template in `model_repository/`, atomically."""
+"""Writes a Triton model repository from the template in `model_repository/`, atomically."""
 
 import ctypes
 import errno
@@ -23,7 +23,7 @@ CONFIG = "config.pbtxt"
 QUEUED_BATCHES = 8  # see preprocess/config.pbtxt
 # Two streams: one copies while the other computes. Not measured yet.
 GPU_INSTANCES = 2
-IN_TEMPLATE = "1"  # version folders
+IN_TEMPLATE = "1"  # name of the version folders
 
 
 class RepositoryError(Exception):
@@ -32,12 +32,12 @@ class RepositoryError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is chosen at build time and cannot be read off the checkpoint."""
+    """Choices at build time that do not follow from the checkpoint."""
 
     precision: str
     max_batch_size: int
     top_k: int
-    device: str = "cpu"  # where it will be fast; it runs on both
+    device: str = "cpu"  # the target; the network runs on both
     neck_precision: str = "fp32"  # on the wire
     fast_jpeg: bool = False
     max_image_pixels: int = 110_000_000
@@ -57,7 +57,7 @@ def fill(
     version: int,
 ) -> None:
     """Write the whole repository into `folder`, which is empty. All models get the same version."""
-    # With .gitkeep: an ensemble's version folder is empty, but has to survive git and zip.
+    # Includes .gitkeep: an ensemble's version folder is otherwise empty, and lost by git and zip.
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(TEMPLATE, folder, ignore=ignore, dirs_exist_ok=True)
     whole = text_format.Parse((folder / ensembles.WHOLE / CONFIG).read_text(), ModelConfig())
@@ -85,13 +85,13 @@ def fill(
             queue.max_queue_size = QUEUED_BATCHES * settings.max_batch_size
         if config.name == "vit":
             _fill_vit(config, checkpoint, settings, sha256)
-            # For a client that has the config: its metadata may come from another server.
+            # Also in the config: a client may get the model's metadata from another server.
             config.parameters["model_version"].string_value = str(version)
         for step in config.ensemble_scheduling.step:
             step.model_version = version
         (path.parent / IN_TEMPLATE).rename(path.parent / str(version))
         path.write_text(text_format.MessageToString(config))
-    # Through memory: on a full disk torch's own writer aborts the process.
+    # Via memory: on a full disk torch's own writer aborts the process.
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
     model, names = (folder / file for file in built(version))
@@ -101,12 +101,12 @@ def fill(
 
 
 def built(version: int) -> tuple[str, str]:
-    """The files that only make sense together: the network, and the names of its classes."""
+    """Return the files that must be from the same build: the network and its labels."""
     return f"vit/{version}/model.pt", f"postprocess/{version}/labels.txt"
 
 
 def model_file(repository: Path) -> Path:
-    """The network of a repository that `fill` wrote."""
+    """Return the path of the network in a repository that `fill` wrote."""
     (file,) = repository.glob("vit/*/model.pt")
     return file
 
@@ -129,7 +129,7 @@ def _fill_vit(config: ModelConfig, checkpoint: Checkpoint, settings: Settings, s
 
 
 def _dims(checkpoint: Checkpoint, settings: Settings) -> dict[str, list[int]]:
-    """The shape, without the batch axis, of every tensor whose size depends on the checkpoint."""
+    """Return the shape, without the batch axis, of each tensor that depends on the checkpoint."""
     cfg = checkpoint.config
     pixels, classes, k = [*cfg.image_size, 3], [cfg.num_classes], [settings.top_k]
     embedding, neck = [cfg.hidden_dim], [cfg.hidden_dim, *cfg.grid]
@@ -144,7 +144,7 @@ def _dims(checkpoint: Checkpoint, settings: Settings) -> dict[str, list[int]]:
 
 
 def check_output(output: Path) -> None:
-    """Raise RepositoryError where `output` can be neither made nor replaced."""
+    """Raise RepositoryError if `output` can be neither created nor replaced."""
     if os.path.ismount(output):
         raise RepositoryError(
             f"{output} is a mount point, which cannot be replaced: choose a folder inside it"
@@ -157,12 +157,12 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """An empty folder to build in. On success it becomes `output`, on failure it is removed.
+    """Provide an empty folder to build in; on success it becomes `output`, else it is removed.
 
-    A repository that is there already is exchanged in one step, so that no moment has half of one.
+    An existing repository is exchanged in one step, so that a partial one never exists.
 
     Raises:
-        RepositoryError: `output` is something else than a repository this builder wrote, or
+        RepositoryError: `output` exists and is not a repository that this builder wrote, or it
             cannot be written.
     """
     check_output(output)
@@ -170,7 +170,7 @@ def replacing(output: Path) -> Iterator[Path]:
     building = output.with_name(f".{output.name}.building-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        # What a builder that was killed has left:
+        # Remove what killed builders left.
         for left in output.parent.glob(f".{output.name}.building-*"):
             if left == building or not Path("/proc", left.name.rpartition("-")[2]).exists():
                 shutil.rmtree(left)
@@ -188,7 +188,7 @@ def replacing(output: Path) -> Iterator[Path]:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders of one file system in one step: renameat2(2) with RENAME_EXCHANGE."""
+    """Swap two folders of a file system in one step: renameat2(2) with RENAME_EXCHANGE."""
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(here, bytes(a), here, bytes(b), exchange) != 0:

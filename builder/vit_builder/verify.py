@@ -1,4 +1,4 @@
-"""Prove the file that was written: model.pt against the fp32 eager network, on real photos."""
+"""Verifies the written file: model.pt against the fp32 eager network, on real photos."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import cycle, islice
@@ -12,26 +12,26 @@ from .export import ServedViT
 
 
 class VerificationError(Exception):
-    """The traced model does not give the network's numbers; nothing was replaced."""
+    """The traced model differs from the network; nothing was replaced."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Traced model against fp32 eager network: the worst image, over all batch sizes tried."""
+    """Traced model against fp32 eager network: worst case over all images and batch sizes."""
 
     probabilities_max_diff: float
     embedding_max_diff: float
     neck_max_diff: float
     embedding_min_cosine: float
-    top1_agreement: float  # share of images with the same best class
-    top5_agreement: float  # mean share of the five best classes in common
+    top1_agreement: float  # share of images with the same top class
+    top5_agreement: float  # mean share of the top five classes in common
 
 
 # Limits by precision, several times what is measured with random weights (the hardest case: near
-# ties everywhere). bf16 keeps 8 bits of mantissa and fp16 11. Top-1 has none below fp32, because
-# two classes a thousandth apart may change places; the five best may not all. int8 is told on
-# photos that it was not calibrated with, and mostly by its cosine: what is left of the differences
-# is a bound for nonsense, since they grow with the embedding.
+# ties everywhere). bf16 keeps 8 bits of mantissa and fp16 11. Top-1 has no limit below fp32,
+# because two classes a thousandth apart may swap; the top five may not all change. int8 is verified
+# on photos it was not calibrated with, and mostly by the cosine: the limits of the differences only
+# catch gross errors, since they grow with the embedding.
 LIMITS = {
     "fp32": Agreement(1e-5, 1e-4, 1e-3, 0.999999, 1.0, 0.99),
     "fp16": Agreement(5e-3, 5e-2, 0.25, 0.9999, 0.0, 0.6),
@@ -73,7 +73,7 @@ def compare(
 
 
 def limits(precision: str, neck_precision: str) -> Agreement:
-    """What is still right for a model in `precision` whose `neck` is sent in `neck_precision`."""
+    """Return the limits for a model in `precision` whose `neck` is sent in `neck_precision`."""
     found = LIMITS[precision]
     # Half a step of fp16 is 0.004 for numbers up to 16.
     return (
@@ -84,7 +84,7 @@ def limits(precision: str, neck_precision: str) -> Agreement:
 
 
 def check(agreement: Agreement, limits: Agreement, precision: str) -> None:
-    """Raise VerificationError where `agreement` is outside `limits`."""
+    """Raise VerificationError if `agreement` is outside `limits`."""
     bounds = asdict(limits)
     hint = ""
     if precision == "int8":
@@ -102,7 +102,7 @@ def check(agreement: Agreement, limits: Agreement, precision: str) -> None:
 
 
 def table(agreement: Agreement, limits: Agreement, precision: str) -> str:
-    """The agreement and its limits, for a person."""
+    """Format the agreement and its limits as a table."""
     bounds = asdict(limits)
     lines = [f"{f'{precision} against fp32 eager':<28}{'measured':>14}{'limit':>14}"]
     for name, value in asdict(agreement).items():
