@@ -22,14 +22,14 @@ _open: weakref.WeakSet[Bridge] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Before Python stops our threads: a stream that is collected later would wait for one."""
+    """Runs before Python stops daemon threads: a stream closed later would hang on one."""
     for bridge in list(_open):
         bridge.close()
 
 
 class Bridge:
-    """The thread starts with the first call, so that a client which was made before a fork, and
-    not used, works in the child."""
+    """Runs a client's calls in a thread that the first call starts: so a client that was created
+    but not used before a fork works in the child."""
 
     def __init__(self, client: AsyncClient) -> None:
         self.client = client
@@ -40,7 +40,7 @@ class Bridge:
         self._closed = False
 
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """Wait for `call`. If the wait is interrupted, by Ctrl-C for one, cancel it."""
+        """Wait for `call`; cancel it if the wait is interrupted, for example by Ctrl-C."""
         try:
             loop = self._running_loop()
         except BaseException:
@@ -48,8 +48,8 @@ class Bridge:
             raise
         future = asyncio.run_coroutine_threadsafe(call, loop)
         try:
-            # Not in one wait: the kernel may give a signal to another thread, and Python runs the
-            # handler only when this one comes back.
+            # In short waits: the kernel may deliver a signal to another thread, and Python runs the
+            # handler only when the main thread wakes up.
             while not future.done():
                 wait([future], timeout=0.2)
             return future.result()
@@ -62,7 +62,7 @@ class Bridge:
     def stream(
         self, batches: AsyncGenerator[list[Item[Any]], None], on_error: OnError
     ) -> Generator[Item[Any], None, None]:
-        """Iterate over `batches`. One trip to the other thread for each chunk, not each item."""
+        """Iterate over `batches`, switching threads once per chunk rather than per item."""
         source = _Source(batches)
         try:
             while (batch := self.run(source.next())) is not None:
@@ -99,7 +99,7 @@ class Bridge:
         with self._lock:
             if self._closed:
                 raise ClientClosed("this client is closed")
-            check_threads()  # they may have been replaced since the client was made
+            check_threads()  # they may have been patched since the client was created
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 self._loop.set_exception_handler(_report)
@@ -117,15 +117,15 @@ class Bridge:
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # Where a process has several event loops, some versions of gRPC wake them all for each event.
-    # Those that come too late find nothing to read, which is no harm and no news.
+    # In a process with several event loops, some versions of gRPC wake all of them for each event.
+    # All but one find nothing to read, which is harmless.
     if not isinstance(context.get("exception"), BlockingIOError):
         loop.default_exception_handler(context)
 
 
 class _Source:
-    """Batches, with a close that waits for an interrupted next: a generator that still cleans up
-    cannot be closed."""
+    """Batches, with a close() that waits for a cancelled next(): a running generator cannot be
+    closed."""
 
     def __init__(self, batches: AsyncGenerator[list[Item[Any]], None]) -> None:
         self._batches = batches

@@ -1,4 +1,4 @@
-"""The gRPC channel made from the settings."""
+"""Opens the gRPC channel for the settings."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     # gRPC's own limit of 4 MiB is less than eight feature maps.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # Every address that the name resolves to takes its share: with the default policy a client
-    # stays with one pod of a headless service for good.
+    # Use every address that the name resolves to: with the default policy, pick_first, a client
+    # stays with one pod of a headless service.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
-    # After a connection is lost gRPC looks the name up again, but by default not twice in 30 s:
-    # long enough for a client to know none but servers that have been replaced since.
+    # After a connection is lost gRPC resolves the name again, but by default at most every 30 s:
+    # long enough for all servers that a client knows to have been replaced.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # Finds a peer that vanished without a word. Two pings without data are what Triton's
-    # defaults let pass; a third would make it close the connection.
+    # Detects a peer that vanished without closing the connection. Triton's defaults allow two pings
+    # without data; at a third it closes the connection.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 2),
-    # A server that comes back is found within seconds; gRPC's default waits up to two minutes.
+    # Reconnects within seconds to a server that is back; by default gRPC waits up to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 5_000),
@@ -38,14 +38,13 @@ _LOOPBACK = re.compile(r"(dns:///|ipv4:|ipv6:)?(localhost|127\.[\d.]+|\[::1\])(:
 
 def open_channel(settings: Settings) -> grpc.aio.Channel:
     """A channel on the running event loop. Connects on first use."""
-    # By name, so that options of the caller win one by one: of two with one name gRPC takes the
-    # first.
+    # A dict, so that the caller's options override ours: of duplicates gRPC takes the first.
     merged = dict(_CHANNEL_OPTIONS)
     if _LOOPBACK.match(settings.target):
-        # A proxy from the environment cannot reach this machine's own loopback.
+        # A proxy from the environment cannot reach this machine's loopback interface.
         merged["grpc.enable_http_proxy"] = 0
     if settings.authority:
-        # Also the name that the server's certificate must have.
+        # With TLS, also the name that the server's certificate must have.
         merged["grpc.default_authority"] = settings.authority
     options = list({**merged, **dict(settings.channel_options)}.items())
     if not settings.tls:

@@ -35,21 +35,22 @@ from .errors import (
 )
 from .types import Model
 
-# A server that stops says so at once, or ends its connections, as it also does with old ones; and
-# with several servers the next try is likely another's. So many tries are not counted: of two
-# servers, every second try is for the one that stops, or for the one that has another model.
+# Attempts that do not count as retries. A server that is shutting down rejects requests at once, or
+# closes its connections, as it also does with old ones; of several servers, the next attempt likely
+# reaches another. Of two, every second attempt reaches the one that is shutting down, or that has
+# another model.
 _MOST_TURNED_AWAY = 16
 
-# Seconds to wait, at most, before a retry of what failed for a malformed request beside it. The
-# batch failed before any work, so the server is idle now. Later it has another batch, and the next
-# malformed request waits for the end of that, beside ours: longer pauses starve callers.
+# Maximum seconds before retrying a request that a malformed one in the same batch failed. The batch
+# failed before any work, so the server is idle now. Later it processes another batch, during which
+# the next malformed request queues up with ours: longer pauses starve callers.
 _BESIDE_PAUSE = 0.1
 
-# Seconds that a channel is kept even if a server behind it stops.
+# Minimum seconds before a channel is replaced because a server behind it is shutting down.
 _MIN_CHANNEL_AGE = 1.0
 
-# The process in which a client first used gRPC. A forked child inherits the number, and gRPC's
-# state with it, which hangs or aborts there even for a channel of its own.
+# The process in which a client first used gRPC. A forked child inherits the number together with
+# gRPC's state, which hangs or aborts there even for a new channel.
 _grpc_pid = 0
 
 
@@ -58,20 +59,20 @@ class _Open:
     channel: grpc.aio.Channel
     methods: dict[str, Callable[..., Any]]
     since: float
-    calls: int = 0  # under way
+    calls: int = 0  # in flight
 
 
 @dataclass
 class _Tries:
-    """Of one call, so far."""
+    """Failed attempts of one call."""
 
     counted: int = 0
     turned_away: int = 0
 
 
 class Connection:
-    """One channel and what all calls over it share. Belongs to the event loop it is first used
-    in."""
+    """One channel and the state that all calls over it share. Bound to the event loop that first
+    uses it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -80,17 +81,17 @@ class Connection:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = 0
         self._current: _Open | None = None
-        self._left: set[_Open] = set()  # each with calls under way
+        self._left: set[_Open] = set()  # replaced channels, each with calls in flight
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._overload_budget = RetryBudget(per_success=0.1, per_second=1)
         self._neighbour_budget = RetryBudget(per_success=1, per_second=40)
-        self._answered = ""  # the version that has answered last; "" before that
-        self._models: dict[str, Model] = {}  # all that have told of themselves, by version
-        self._asking: dict[str, asyncio.Task[None]] = {}  # those that are asked now
+        self._answered = ""  # model version of the last response; "" before the first
+        self._models: dict[str, Model] = {}  # by version
+        self._asking: dict[str, asyncio.Task[None]] = {}  # in flight, by version
 
     def _open(self) -> _Open:
-        """The channel. It is opened on first use, so that a client which was made before a fork,
-        and not used, works in the child."""
+        """The channel, opened on first use: so a client that was created but not used before a
+        fork works in the child."""
         if self.closed:
             raise ClientClosed("this client is closed")
         loop = asyncio.get_running_loop()
@@ -112,7 +113,7 @@ class Connection:
         return self._current
 
     async def close(self) -> None:
-        """Cancel what is in flight and close the channel."""
+        """Cancel the calls in flight and close the channel."""
         self.closed = True
         asking = list(self._asking.values())
         for task in asking:
@@ -134,17 +135,16 @@ class Connection:
         retries: int | None = None,
         deadline: float | None = None,
     ) -> Any:
-        """Send one message and return its answer, trying again within one deadline.
+        """Send one message and return the response, retrying within one deadline.
 
-        The deadline covers everything: the wait for one of the client's slots, every try, and
-        the pauses between them. `deadline`, by the monotonic clock, is for a call of which a part
-        of `timeout` has passed already.
+        The deadline covers everything: the wait for one of the client's slots, every attempt, and
+        the pauses between them. Pass `deadline`, by the monotonic clock, if a part of `timeout`
+        has already elapsed.
 
-        With `retries` 0 the first answer counts, whatever it is; but a call that no server has
-        begun has had none, and is sent again all the same. So is one that wants another model than
-        the server has: the next one's may be that.
+        Even with `retries` 0, a call that no server has started to process is sent again. So is
+        one for a model version that the server does not have: another server may have it.
         """
-        self._open()  # where the client cannot be used it says so at once
+        self._open()  # raise at once if the client cannot be used
         name = f"request {message.id}" if method == "ModelInfer" else method
         left = self.settings.retries if retries is None else retries
         if deadline is None:
@@ -158,7 +158,7 @@ class Connection:
                 try:
                     response = await self._try(method, message, task, timeout, deadline)
                 except asyncio.CancelledError:
-                    # What closing the channel does to its calls.
+                    # Closing the channel cancels its calls.
                     if self.closed:
                         raise self.closed_meanwhile(task) from None
                     raise
@@ -205,10 +205,10 @@ class Connection:
                 await opened.channel.close()
 
     def _leave(self, opened: _Open) -> None:
-        """Have the next try open a new channel, which looks the name up again.
+        """Make the next attempt open a new channel, which resolves the name again.
 
-        A server that stops turns requests away, at once, and keeps its connections until it has
-        ended: gRPC would go on giving it its share.
+        A server that is shutting down rejects requests at once, but keeps its connections open
+        until it exits: gRPC would go on sending it its share.
         """
         if opened is self._current and time.monotonic() - opened.since >= _MIN_CHANNEL_AGE:
             self._left.add(opened)
@@ -235,19 +235,19 @@ class Connection:
         return from_grpc(failure, url=settings.target, task=task, timeout=timeout, tls=settings.tls)
 
     def closed_meanwhile(self, task: str | None) -> ClientClosed:
-        """The error for a call that close() cut off."""
+        """The error for a call that close() cancelled."""
         return ClientClosed("the client was closed during the call", task=task)
 
     def _pause(
         self, error: VitClientError, tries: _Tries, left: int, deadline: float
     ) -> float | None:
-        """Seconds to wait before the next try, of `left` that count; None if there is none."""
+        """Seconds before the next attempt, of `left` that count; None for no further attempt."""
         unseen = is_not_begun(error) or isinstance(error, ModelChanged)
         if (unseen or (is_stopping(error) and left)) and tries.turned_away < _MOST_TURNED_AWAY:
             tries.turned_away += 1
             return random.uniform(0, 0.05)
         if is_neighbours(error) and left:
-            # Not counted: one who goes on sending such requests can fail most tries.
+            # Not counted: a client that keeps sending malformed requests can fail most attempts.
             return self._paced(error, tries.counted, deadline)
         tries.counted += 1
         return self._paced(error, tries.counted - 1, deadline) if tries.counted <= left else None
@@ -255,8 +255,8 @@ class Connection:
     def _paced(self, error: VitClientError, attempt: int, deadline: float) -> float | None:
         if not error.retryable:
             return None
-        # A server that is gone takes no harm from retries, and one of several that stops fails so
-        # many requests at once that a budget would hold them up for long.
+        # Unavailable has no budget: retries cannot harm a server that is gone, and one of several
+        # that shuts down fails so many requests at once that a budget would delay them for long.
         budget = None
         pause = backoff(attempt)
         if isinstance(error, Overloaded):
@@ -273,11 +273,11 @@ class Connection:
         return pause
 
     async def model(self, timeout: float, version: str = "") -> Model:
-        """What the server serves: the model of this version, or else the one that answered last.
-        Each is asked for once, for all who wait for it.
+        """The model of this version, by default that of the last response. Each is requested once,
+        for all concurrent callers.
 
         Raises:
-            ModelChanged: There is none of this version.
+            ModelChanged: The server does not have this version.
         """
         deadline = time.monotonic() + timeout
         while (wanted := version or self._answered) not in self._models:
@@ -289,24 +289,24 @@ class Connection:
                     raise self.closed_meanwhile(None) from None
                 raise
             except (asyncio.TimeoutError, DeadlineExceeded):
-                # The deadline may have been that of another caller, who asked first.
+                # The deadline may have been that of another caller, which sent the request.
                 if time.monotonic() + 0.01 >= deadline:
                     raise DeadlineExceeded(
                         f"no answer from {self.settings.target} within {timeout:.3g} s"
                     ) from None
             except VitClientError as error:
                 if version or not isinstance(error, ModelChanged):
-                    # All who wait get this one; each is to have its own, for its request's id.
+                    # A copy, because each waiting caller sets its own request id on the error.
                     raise copy.copy(error) from error.__cause__
-                self.forget()  # the one that answered last has gone since
+                self.forget()  # the model of the last response is gone
         return self._models[wanted]
 
     def answered(self, version: str) -> None:
-        """Take note of the model that has just answered: `model` is to tell of that one."""
+        """Record the model version of a response, as the default of `model`."""
         self._answered = version
 
     def forget(self) -> None:
-        """Have `model` ask again: what it told is no longer so."""
+        """Drop the cached default of `model`, which is outdated."""
         self._models.pop(self._answered, None)
         self._answered = ""
 
@@ -334,7 +334,7 @@ def _by(response: Any) -> str:
 
 
 def forked(pid: int) -> str:
-    """What to say where a client was used before a fork."""
+    """The error message for a client that was used before a fork."""
     return (
         f"a client was used in process {pid} before process {os.getpid()} was forked from it, and "
         "gRPC does not survive a fork: start processes with the 'spawn' method, or use no client "

@@ -1,4 +1,4 @@
-"""The pipeline behind every call: images into chunks, chunks into requests, answers in order."""
+"""The pipeline of every call: images to chunks, chunks to requests, results in order."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from .errors import (
 )
 from .types import Item
 
-# A request keeps well below the 64 MiB that proxies and servers commonly allow, if its images let
-# it.
+# Keeps a request well below the 64 MiB that proxies and servers commonly allow, unless one image
+# alone is larger.
 _MAX_REQUEST_BYTES = 32 << 20
-# Of a request, what is not images: names, shapes, and the length of each image.
+# The part of a request that is not image data: names, shapes, and the length of each image.
 _FRAME_BYTES = 4096
-# Larger answers gain nothing: the cost of a request is already spread over many images, and big
-# messages wait for each other.
+# Larger responses gain nothing: the cost per request is already spread over many images, and large
+# messages block each other.
 _MAX_ANSWER_BYTES = 4 << 20
-# Seconds after which a file that is not read yet no longer holds up the others of its chunk; the
-# same for those after it, which likely hang for the same reason; and for what is only converted,
-# which takes its time, and much memory.
+# Seconds after which a file that is still being read no longer delays the others of its chunk; the
+# same for the files after it, which likely hang for the same reason; and for conversions, which are
+# slow and take much memory.
 _PATIENCE = 1.0
 _PATIENCE_THEN = 0.1
 _PATIENCE_CONVERTING = 10.0
-# Threads that load images, with those that hang: on a mount that is gone, all do.
+# Threads that load images, including those that hang: on a dead mount, all do.
 _MOST_THREADS = 64
 
 
 class Answered(NamedTuple):
-    """What a model has said of one image."""
+    """A model's answers for one image."""
 
     answers: dict[str, Any]
     model_version: str
@@ -55,25 +55,25 @@ class Answered(NamedTuple):
 
 
 class Engine:
-    """Reads images, asks the server about them over one connection, and sorts out the answers."""
+    """Reads images, sends them over one connection, and puts the results in order."""
 
     def __init__(self, settings: Settings) -> None:
         self.connection = Connection(settings)
         self._room = _MAX_REQUEST_BYTES
-        # One of these for each thread that loads images, except for those that hang.
+        # Limits the threads that load images, except for those that hang.
         self._loaders = asyncio.Semaphore(min(16, (os.cpu_count() or 1) + 4))
         self._readings: set[Reading] = set()
         self._threads = Threads()
-        weakref.finalize(self, self._threads.close)  # of a client that nobody closes
+        weakref.finalize(self, self._threads.close)  # if the client is never closed
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def close(self) -> None:
-        """Cancel what is in flight and close the connection."""
+        """Cancel the requests in flight and close the connection."""
         self.connection.closed = True
         for reading in list(self._readings):
             reading.give_up()
         self._threads.close()
-        # Of streams that were left in the middle. Waited for, or asyncio would report them.
+        # Of streams that were abandoned. Awaited, because asyncio would report pending tasks.
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -85,7 +85,7 @@ class Engine:
     async def chunk(
         self, question: Question, images: list[Any], first: int, timeout: float
     ) -> list[Item[Any]]:
-        """As `_chunk`; again where images were scaled for a model that has gone since."""
+        """Like `_chunk`, but retries if images were scaled for a model that has been replaced."""
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -98,16 +98,16 @@ class Engine:
     async def _chunk(
         self, question: Question, images: list[Any], first: int, timeout: float
     ) -> list[Item[Any]]:
-        """Answers to a few images, the first of which has index `first`. A bad image becomes an
-        item with an error; every other failure raises.
+        """Items of a few images, the first of which has index `first`. A bad image becomes an item
+        with an error; every other failure raises.
 
-        A request's time begins as its first image is read. An image that is not read within its
-        time is a bad one: it is no fault of the server, and the others have their answers.
+        A request's timeout starts when its first image is read. An image that is not read in time
+        is a bad image: it is not the server's fault, and the others get their results.
         """
         begun = time.monotonic()
         model = await self.connection.model(timeout, question.model_version)
         if not all(isinstance(image, ENCODED) or is_read(image) for image in images):
-            # They are scaled to its size, and mean something else to one of another.
+            # They are scaled to its size; a model of another size would need other pixels.
             question = question.of_model(model.version)
         most = max(1, model.max_request_bytes - _FRAME_BYTES)
         load = partial(encode, size=model.image_size, most=most)
@@ -139,10 +139,10 @@ class Engine:
     async def _load(
         self, reading: Reading, images: list[Any], patience: float, until: float, task: str
     ) -> None:
-        """Returns when `reading` has ended, or has been at one image for longer than `patience`; or
-        `until` has come: the time of a request is not for reading alone."""
+        """Returns when `reading` has ended, has spent longer than `patience` on one image, or at
+        `until`: reading must leave some of the request's timeout."""
         if all(isinstance(image, ENCODED) for image in images[reading.next :]):
-            reading.run()  # nothing to read or convert: not worth a trip through a thread
+            reading.run()  # nothing to read or convert: not worth a thread
             return
         async with self._loaders:
             while len(self._readings) >= _MOST_THREADS:
@@ -165,7 +165,7 @@ class Engine:
         try:
             ended = await reading.wait(seconds)
         except asyncio.CancelledError:
-            reading.take()  # the thread ends after the image it is at
+            reading.take()  # the thread ends after its current image
             if self.connection.closed:
                 raise self.connection.closed_meanwhile(task) from None
             raise
@@ -176,8 +176,8 @@ class Engine:
     async def _infer(
         self, question: Question, loaded: Loaded, timeout: float, deadline: float
     ) -> dict[int, Any]:
-        """Result or Unusable for each of `loaded`. The server refuses a request whole if it has
-        bad images, and names them; the others are sent again without those."""
+        """Result or Unusable for each of `loaded`. The server rejects a whole request if it has bad
+        images, and names them; the others are sent again without those."""
         results: dict[int, Any] = {k: v for k, v in loaded.items() if isinstance(v, Unusable)}
         files = {k: v for k, v in loaded.items() if not isinstance(v, Unusable)}
         while files:
@@ -189,7 +189,7 @@ class Engine:
                 )
             except InvalidRequest as error:
                 deadline = time.monotonic() + timeout
-                if is_too_many(error):  # another server's setting than the one that has told
+                if is_too_many(error):  # another server, with a lower limit than reported
                     self.connection.forget()
                     return results | await self._in_parts(question, files, timeout, error)
                 if is_too_large(error, message.ByteSize()):
@@ -228,8 +228,8 @@ class Engine:
     async def _in_parts(
         self, question: Question, files: dict[int, bytes], timeout: float, error: InvalidRequest
     ) -> dict[int, Any]:
-        """Results of a request that was too large, to the server or to a proxy before it, although
-        it kept to what the server tells: in smaller ones."""
+        """Send a request again in smaller ones: it was too large for the server or a proxy in front
+        of it, although within the limits that the server reports."""
         if len(files) == 1:
             return {row: too_large(len(data), error.message) for row, data in files.items()}
         half = len(files) // 2
@@ -245,8 +245,7 @@ class Engine:
     async def batches(
         self, question: Question, images: Any, timeout: float
     ) -> AsyncGenerator[list[Item[Any]], None]:
-        """Items of all images, in order, a chunk at a time. Closing it cancels what is in
-        flight."""
+        """Items of all images, in order, in chunks. Closing it cancels the requests in flight."""
         model = await self.connection.model(timeout, question.model_version)
         fitting = max(1, _MAX_ANSWER_BYTES // question.answer_bytes(model))
         source = chunks(images, min(model.max_batch_size, fitting))
@@ -298,10 +297,10 @@ class Engine:
 
 
 class _Window:
-    """Bounds the chunks of one call that are under way or not yet taken by the caller.
+    """Bounds the chunks of one call that are in flight or not yet taken by the caller.
 
-    Starts small and grows by one with each chunk that is answered in good time, so that a slow
-    server is not given more than it can answer before the deadline.
+    Starts small and grows by one with each chunk that completes well within the timeout, so that a
+    slow server does not get more than it can process before the deadline.
     """
 
     def __init__(self, limit: int, timeout: float) -> None:
@@ -330,7 +329,7 @@ class _Window:
 
 def _item(task: str, index: int, image: Any, result: Any) -> Item[Any]:
     if isinstance(result, Answered):
-        # A file that was open is read, and may not be read again.
+        # An open file may be readable only once.
         sent = result.sent if hasattr(image, "read") else None
         version = result.model_version
         return Item(index, image, result.answers, model_version=version, _sent=sent)

@@ -1,4 +1,4 @@
-"""Is the server there, and does it answer?"""
+"""The health check."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _ONE_PIXEL = b"P6 1 1 255\n\x80\x80\x80"
 
 
 async def check(connection: Connection, timeout: float) -> Health:
-    """Ask the server how it is, then give it an image: it may call itself ready while one of
-    its models has died and every request fails."""
+    """Ask for the server's status, then send an image: the server may report that it is ready while
+    one of its models has died and every request fails."""
     live = ready = False
     server = problem = ""
     latency = None

@@ -1,4 +1,4 @@
-"""Any image that a caller may hold, as the bytes of one encoded file."""
+"""Encodes any supported kind of image as the bytes of one image file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _READ_BYTES = 1 << 18
 
 
 class Unusable(Exception):
-    """Why something is not an image, in a few words."""
+    """Why something cannot be used as an image, in a few words."""
 
 
 class Refused(Unusable):
-    """The same in the server's words.
+    """An image that the server rejected; the reason is the server's.
 
     Attributes:
-        request_id: of the request that it refused.
+        request_id: id of the rejected request.
     """
 
     def __init__(self, reason: str, request_id: str) -> None:
@@ -44,8 +44,8 @@ class Refused(Unusable):
 
 
 def is_one_image(value: Any) -> bool:
-    """Whether `value` is to be taken as one image rather than several: everything that is not a
-    collection of images, so that it is told what is wrong with it."""
+    """Whether `value` is treated as one image rather than several. So is everything that is not a
+    collection of images, so that encoding it reports what is wrong."""
     return (
         isinstance(value, (str, os.PathLike, *ENCODED))
         or hasattr(value, "read")
@@ -56,7 +56,7 @@ def is_one_image(value: Any) -> bool:
 
 
 def is_read(image: Any) -> bool:
-    """Whether an image comes from a file, or from something like one, which may hang."""
+    """Whether an image is read from a file or the like, which may hang."""
     return (
         isinstance(image, (str, os.PathLike))
         or hasattr(image, "read")
@@ -65,8 +65,8 @@ def is_read(image: Any) -> bool:
 
 
 def is_array(value: Any) -> bool:
-    """Whether `value` has numbers: an array of numpy's or a tensor, rather than a column of names,
-    which has all that arrays have."""
+    """Whether `value` is an array or tensor of numbers, rather than a column of names, which has
+    the same attributes."""
     if isinstance(value, np.ndarray):
         return value.ndim != 1 or value.dtype.kind not in "OUT"
     if not all(hasattr(value, name) for name in ("__array__", "shape", "dtype")):
@@ -75,8 +75,8 @@ def is_array(value: Any) -> bool:
 
 
 def mistaken(value: Any) -> str:
-    """What to pass instead of something that holds images or names, but not as a plain list does;
-    "" for everything else."""
+    """What to pass instead of an unsupported container of images or names; "" for everything
+    else."""
     kind = type(value).__name__
     if isinstance(value, Mapping):
         return f"{kind} is not a list of images: pass list(images.values()), or its keys as a list"
@@ -96,7 +96,7 @@ def mistaken(value: Any) -> str:
 
 
 def name_of(image: ImageLike) -> str | None:
-    """Path or file name, for messages; None for what has none."""
+    """Path or file name, for messages; None if there is none."""
     if isinstance(image, (str, os.PathLike)):
         return os.fsdecode(image)
     # File objects have `name`, PIL images that came from a file have `filename`.
@@ -107,18 +107,18 @@ def name_of(image: ImageLike) -> str | None:
 def encode(image: ImageLike, size: tuple[int, int], most: int = 2**31 - 1) -> bytes:
     """The image as an encoded file. Files and bytes pass unchanged, whatever their format.
 
-    PIL images and arrays become PPM, which costs no more than a copy. They are first scaled to
-    `size` (height, width) if that makes them smaller, just as the server would: it then finds
-    nothing left to scale and ends up with the same pixels, bit for bit.
+    PIL images and arrays become PPM, which costs no more than a copy. If that makes them smaller,
+    they are first scaled to `size` exactly as the server would: it then has nothing left to scale
+    and gets the same pixels, bit for bit.
 
     Args:
         size: Height and width to which the server scales.
-        most: Bytes of the largest file that it takes. No more than that is read.
+        most: Bytes of the largest file that the server accepts. No more than that is read.
 
     Raises:
-        Unusable: if there is no such file, it is too large, or the value is no image.
+        Unusable: There is no such file, it is too large, or the value is not an image.
     """
-    if hasattr(image, "as_py"):  # of a column of Arrow's
+    if hasattr(image, "as_py"):  # an element of an Arrow column
         image = image.as_py()
     if isinstance(image, ENCODED):
         data = bytes(image)
@@ -130,7 +130,7 @@ def encode(image: ImageLike, size: tuple[int, int], most: int = 2**31 - 1) -> by
         data = _from_array(_as_numpy(image), size)
     elif hasattr(image, "read"):
         data = _read_open(image, most)
-    elif hasattr(image, "read_bytes"):  # of a path in an archive, a package, a bucket
+    elif hasattr(image, "read_bytes"):  # a path in an archive, a package, a bucket
         data = _read_whole(image)
     else:
         data = _from_pil(image, size)
@@ -145,7 +145,7 @@ def too_large(size: int | None, limit: str) -> Unusable:
     """
     Args:
         size: Bytes of the file, if known.
-        limit: Who allows no more, in words.
+        limit: Whose limit it is, as text.
     """
     is_large = f"is {_amount(size)}, too large" if size else "is too large"
     return Unusable(f"{is_large} ({limit}): save it as JPEG, or pass a PIL image")
@@ -163,12 +163,12 @@ def _amount(size: int) -> str:
 
 
 def _read(name: str, most: int) -> bytes:
-    if not name:  # which would be the folder that we are in
+    if not name:  # Path("") is the current directory
         raise Unusable("an empty name")
     path = Path(name)
     try:
         status = path.stat()
-        if stat.S_ISCHR(status.st_mode):  # /dev/zero has no end
+        if stat.S_ISCHR(status.st_mode):  # /dev/zero is endless
             raise Unusable("is a device, not a file")
         if status.st_size > most and stat.S_ISREG(status.st_mode):
             raise too_large(status.st_size, _limit(most))
@@ -192,7 +192,7 @@ def _read_whole(path: Any) -> bytes:
 
 
 def _not_a_path(name: str) -> str:
-    """What to do with a text that is no path at all."""
+    """What to pass instead of a URL; "" for everything else."""
     scheme = re.match(r"(?:(data):|([a-z][a-z0-9+.-]+)://)", name, re.IGNORECASE)
     if not scheme:
         return ""
@@ -207,7 +207,7 @@ def _read_open(file: Any, most: int) -> bytes:
     if isinstance(file, io.TextIOBase):
         raise Unusable('is open as text; open it with "rb"')
     try:
-        # As `image.save(file)` leaves it, and whoever has read it: all of it can only be meant.
+        # `image.save(file)`, and an earlier read, leave it at its end: the whole file is meant.
         return _read_up_to(file, most) or _read_again(file, most)
     except (OSError, ValueError) as error:  # ValueError: the file is closed
         raise Unusable(str(error)) from None
@@ -224,15 +224,15 @@ def _read_again(file: Any, most: int) -> bytes:
 
 
 def _read_up_to(file: Any, most: int, expected: int = 0) -> bytes:
-    """All of a file, in as many reads as it takes; or, as soon as that is known, that it has more
-    than `most` bytes."""
-    step = max(expected, _READ_BYTES)  # not more, for so much memory is taken first
+    """All of a file, in as many reads as it takes. Raises Unusable as soon as it is known to have
+    more than `most` bytes."""
+    step = max(expected, _READ_BYTES)  # not more: read() allocates that much first
     parts: list[bytes] = []
     size = 0
     while size <= most:
         try:
             part = _checked(file, file.read(min(step, most + 1 - size)))
-        except TypeError:  # its read() takes no size, and gives all at once
+        except TypeError:  # its read() takes no size and returns everything
             return _checked(file, file.read())
         if not part:
             return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -242,7 +242,7 @@ def _read_up_to(file: Any, most: int, expected: int = 0) -> bytes:
 
 
 def _checked(file: Any, part: Any) -> bytes:
-    """What a read has given, if that is bytes."""
+    """The result of a read, if it is bytes; else raises Unusable."""
     if inspect.isawaitable(part):
         if inspect.iscoroutine(part):
             part.close()  # or Python warns that it was never awaited
@@ -259,7 +259,7 @@ def _as_numpy(array: Any) -> np.ndarray[Any, Any]:
         return array
     try:
         return np.asarray(array)
-    except Exception as error:  # on a GPU, or part of a graph: each library has its own
+    except Exception as error:  # on a GPU, or part of a graph: each library raises its own
         raise Unusable(f"{type(array).__name__} cannot be converted to an array: {error}") from None
 
 
@@ -317,15 +317,15 @@ def _from_pil(image: Any, size: tuple[int, int]) -> bytes:
         raise Unusable(f"it cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
-# How many threads hold or want each of these locks, by the identity of an image.
+# A lock, and how many threads hold it or wait for it, by the id() of an image.
 _locks: dict[int, tuple[threading.Lock, int]] = {}
 _locks_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def _alone_with(image: Any) -> Iterator[None]:
-    """PIL opens files lazily, and two threads must not load the same image at once. Different ones
-    may, and one that hangs must not hold up others."""
+    """PIL reads files lazily, and two threads must not load the same image at once. The lock is per
+    image, so that one that hangs does not block others."""
     key = id(image)
     with _locks_lock:
         lock, users = _locks.get(key, (threading.Lock(), 0))
@@ -341,13 +341,13 @@ def _alone_with(image: Any) -> Iterator[None]:
 
 
 def _shrinks(height: int, width: int, size: tuple[int, int]) -> bool:
-    """Whether an image is to be scaled here rather than by the server."""
+    """Whether an image is scaled here rather than by the server."""
     return height * width > size[0] * size[1]
 
 
 def _scaled(image: Image.Image, size: tuple[int, int]) -> bytes:
-    """Exactly as the server's `preprocess` scales: one axis after the other, in the order that
-    Pillow 13 has chosen. Other orders, such as that of earlier versions, round to other pixels."""
+    """Scale exactly as the server's `preprocess`: one axis after the other, in the order of Pillow
+    13. Other orders, such as that of earlier versions, round to different pixels."""
     from PIL import Image
 
     height, width = size

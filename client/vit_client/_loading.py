@@ -1,4 +1,4 @@
-"""Images of a request, read and converted in a thread that nobody has to wait for."""
+"""Reads and converts the images of a request in a thread, which may hang."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from ._images import Unusable
 Encode = Callable[[Any], bytes]
 
 Loaded = dict[int, "bytes | Unusable"]
-"""Images as they are sent, or why they cannot be, by position."""
+"""Encoded images, or why they cannot be used, by position."""
 
 
 class Threads:
-    """Daemon threads, as many as there are jobs at once. A job may hang, of which nobody takes
-    notice: not the next job, not `close`, and not Python at exit, which waits for the threads of a
-    ThreadPoolExecutor."""
+    """Daemon threads, one per concurrent job. A job that hangs blocks neither the next job, nor
+    `close`, nor Python's exit, which would wait for the threads of a ThreadPoolExecutor."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -29,7 +28,7 @@ class Threads:
         self._closed = False
 
     def run(self, job: Callable[[], None]) -> None:
-        """Run `job` at once, in a thread that is idle or new."""
+        """Run `job` at once, in an idle or a new thread."""
         with self._lock:
             new = self._idle == 0
             if not new:
@@ -39,7 +38,7 @@ class Threads:
             threading.Thread(target=self._work, daemon=True, name="vit-load").start()
 
     def close(self) -> None:
-        """End the idle threads; each of the others ends when its job does."""
+        """Stop the idle threads; each of the others ends with its job."""
         with self._lock:
             self._closed = True
             for _ in range(self._idle):
@@ -48,7 +47,7 @@ class Threads:
     def _work(self) -> None:
         while job := self._jobs.get():
             job()
-            del job  # and the images that it has
+            del job  # free its images before the next wait
             with self._lock:
                 if self._closed:
                     return
@@ -56,10 +55,10 @@ class Threads:
 
 
 class Reading:
-    """A thread's way through images, one after another, until they fill a request.
+    """Loads images in a thread, one after another, until they fill a request.
 
-    A read may hang, of a pipe that nobody writes to or of a file on a server that is gone, and
-    nothing can end it. So what the thread has loaded can be taken while it hangs.
+    A read of a pipe that nobody writes to, or of a file on a dead mount, hangs and cannot be
+    cancelled. So the images loaded so far can be taken while the thread hangs.
     """
 
     def __init__(
@@ -67,15 +66,15 @@ class Reading:
     ) -> None:
         """
         Args:
-            images: Those of a chunk.
+            images: The images of a chunk.
             start: Position of the first to load.
-            kept: That one as it is sent, if an earlier reading had no room for it.
-            room: Bytes of all together; one alone may have more.
+            kept: That image, encoded, if an earlier reading had no room for it.
+            room: Maximum bytes of all together; a single image may be larger.
             encode: Loads one image.
         """
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.next = start  # the first that is not loaded; its thread is busy with it
-        self.kept: bytes | None = None  # that one, loaded, where there was no more room for it
+        self.next = start  # the first image not loaded yet; the thread is at it
+        self.kept: bytes | None = None  # that image, loaded, if there was no room for it
         self._given = kept
         self._images = images
         self._room = room
@@ -85,7 +84,7 @@ class Reading:
         self._left = False
 
     def run(self) -> None:
-        """Load here, what needs no waiting."""
+        """Load in the calling thread."""
         total = 0
         for position in range(self.next, len(self._images)):
             data = self._given or self._load(self._images[position])
@@ -95,20 +94,20 @@ class Reading:
                     if total and total + len(data) > self._room and not self._left:
                         self.kept = data
                         return
-                    total += len(data) + 4  # its length goes before it
+                    total += len(data) + 4  # preceded by its length
                 self._loaded[position] = data
                 self.next = position + 1
                 if self._left:
                     return
 
     async def wait(self, seconds: float) -> bool:
-        """Whether the thread comes to its end within that time."""
+        """Whether the thread ends within that time."""
         await asyncio.wait([self.ended], timeout=max(0.0, seconds))
         return self.ended.done()
 
     def take(self) -> tuple[Loaded, int, bool]:
-        """What is loaded, the position after that, and whether the thread is still busy with the
-        image there. It will load that one only, for another `take`."""
+        """The images loaded so far, the position after them, and whether the thread is still at the
+        image there. It loads only that one more, for another `take`."""
         with self._lock:
             loaded, self._loaded = self._loaded, {}
             self._left = True
@@ -116,14 +115,14 @@ class Reading:
             return loaded, self.next, busy
 
     def give_up(self) -> None:
-        """Wake whoever waits."""
+        """Wake those that wait for the thread."""
         if not self.ended.done():
             self.ended.set_result(None)
 
     def run_in_thread(self) -> None:
-        """Load in a thread, and wake whoever waits."""
+        """Load, then wake those that wait in the event loop."""
         self.run()
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self.ended.get_loop().call_soon_threadsafe(self.give_up)
 
     def _load(self, image: Any) -> bytes | Unusable:
@@ -131,5 +130,5 @@ class Reading:
             return self._encode(image)
         except Unusable as error:
             return error
-        except Exception as error:  # of somebody else's read() or __array__()
+        except Exception as error:  # from the caller's read() or __array__()
             return Unusable(f"cannot be read: {str(error) or type(error).__name__}")

@@ -1,4 +1,4 @@
-"""Answers of one model for a whole list, where another takes its place meanwhile."""
+"""Results of one model for a whole list, even if the model is replaced during the call."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ async def ask(engine: Engine, asked: Question, images: Any, timeout: float) -> l
     """Items of all images, in order, all of one model.
 
     During a rolling update the first rows may be from one model and the last from another. Then
-    those of the others are asked again, of the one that has answered most; of the next one, if that
-    has gone since; and all of them of whichever answers, if all have.
+    the model with the most rows gets the images of the other rows; if it is gone, the next one;
+    and if all are gone, all images are sent again to any model.
 
     Raises:
-        ModelChanged: They are still of several models after `timeout` seconds more.
+        ModelChanged: The rows are still from several models after `timeout` more seconds.
     """
     items = [item async for batch in engine.batches(asked, images, timeout) for item in batch]
     deadline = time.monotonic() + timeout
@@ -47,7 +47,7 @@ async def ask(engine: Engine, asked: Question, images: Any, timeout: float) -> l
 async def _again(
     engine: Engine, asked: Question, items: list[Item[Any]], these: list[Item[Any]], timeout: float
 ) -> None:
-    """Put new answers in the places of `these`."""
+    """Replace the items `these` by new ones."""
     old = iter(these)
     images = [item._sent or item.image for item in these]
     async for batch in engine.batches(asked, images, timeout):

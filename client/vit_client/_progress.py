@@ -1,4 +1,4 @@
-"""Progress of a stream: a bar, a function, or nothing."""
+"""Progress of a stream: a bar, a callback, or nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress = bool | Callable[[int], object]
 
 
 class Meter:
-    """Counts images."""
+    """Counts processed images and reports them."""
 
     def __init__(self, progress: Progress, images: Any) -> None:
         self._done = 0
@@ -39,7 +39,7 @@ class Meter:
 
 def _bar(total: int | None) -> Any:
     try:
-        # By name, because it is an extra: without it, type checkers would stop here.
+        # Imported by name, because type checkers would report a missing extra.
         tqdm = import_module("tqdm").tqdm
     except ImportError:
         raise ConfigurationError(

@@ -1,6 +1,6 @@
 """The messages and methods of inference.proto.
 
-They live in a descriptor pool of their own, so that a program may use this client beside any
+They are in their own descriptor pool, so that a program can use this client together with any
 version of tritonclient or KServe's package, which register the same names for the whole process.
 """
 
@@ -31,7 +31,7 @@ ServerReadyRequest = _message("ServerReadyRequest")
 
 
 def methods(channel: Any) -> dict[str, Callable[..., Any]]:
-    """The server's methods over a channel, by name."""
+    """The server's methods on a channel, by name."""
     return {
         method.name: channel.unary_unary(
             f"/{_service.full_name}/{method.name}",

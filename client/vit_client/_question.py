@@ -1,4 +1,4 @@
-"""What is asked about each image, and what the caller gets of the answers."""
+"""What to request for each image, and how to build the caller's result from the answers."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ _OF_TASK = {
 
 @dataclass(frozen=True)
 class Question:
-    """One task, and the answers to an image that it asks for."""
+    """One task, and the answers that it requests for each image."""
 
     task: Task
     answers: tuple[str, ...]
-    """Some of ANSWERS."""
+    """A subset of ANSWERS."""
     top_k: int
-    """How many predictions; 0 where none are asked for."""
+    """Number of predictions; 0 if none are requested."""
     into: Callable[..., Any] | None
-    """What `analyze` makes of the answers, by their names."""
+    """What `analyze` calls with the answers as keyword arguments."""
     request_id: str
-    """Of the call, which may take several requests."""
+    """Id of the call, which may take several requests."""
     model_version: str = ""
-    """Which model is to answer; "" where any will do."""
+    """The required model version; "" for any."""
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1), compare=False)
 
     def of_model(self, version: str) -> Question:
-        """The same, for this model only; its requests are numbered on."""
+        """The same, for this model version only; request numbers continue."""
         return replace(self, model_version=version)
 
     def next_id(self) -> str:
-        """For its next request: its own, and after the first one with a number, "abc-2"."""
+        """The id of its next request: "abc", then "abc-2", and so on."""
         number = next(self._numbers)
         return self.request_id if number == 1 else f"{self.request_id}-{number}"
 
     @property
     def ensemble(self) -> str:
-        """The one to ask. Of the two for several answers, `analyze` costs the server less."""
+        """The ensemble to call. Of the two with several answers, `analyze` is cheaper."""
         return "everything" if self.into and "neck" in self.answers else self.task
 
     def answer_bytes(self, model: Model) -> int:
-        """About how many bytes the answers to one image have."""
+        """Approximate bytes of the answers for one image."""
         sizes = {
             "predictions": 64 * model.max_top_k,
             "probabilities": 4 * model.classes,
@@ -65,7 +65,7 @@ class Question:
         return sum(sizes[name] for name in self.answers)
 
     def one(self, answers: Mapping[str, Any]) -> Any:
-        """The result for one image, writable, and without the rest of its response."""
+        """The result for one image, writable, and not keeping its whole response in memory."""
         return self._result(
             {
                 name: answer.copy() if isinstance(answer, np.ndarray) else answer
@@ -74,7 +74,7 @@ class Question:
         )
 
     def several(self, rows: list[dict[str, Any]], model: Model) -> Any:
-        """The result for a list of images, from the answers to each."""
+        """The result for a list of images, from the answers for each."""
         if self.into or "predictions" in self.answers:
             return [self.one(answers) for answers in rows]
         shapes = {
@@ -108,8 +108,8 @@ def question(
     request_id: str | None = None,
     model_version: str | None = None,
 ) -> Question:
-    """Raises ValueError where `into` does not go with the task, or has fields of other names; or
-    an id or a version is none."""
+    """Raises ValueError if `into` does not go with the task or has other fields, or if the id or
+    the version is invalid."""
     if task == "analyze":
         into = into or Analysis
         answers = _fields(into)
@@ -128,7 +128,7 @@ def question(
 
 
 def check_version(version: Any) -> str:
-    """The version, or "" for None; raises ValueError where it is none."""
+    """The version, or "" for None; raises ValueError if it is invalid."""
     if version is None:
         return ""
     if isinstance(version, str) and re.fullmatch(r"[1-9]\d{0,17}", version):
@@ -147,7 +147,7 @@ def _checked(request_id: Any) -> str:
 def _fields(into: Callable[..., Any]) -> tuple[str, ...]:
     try:
         fields = tuple(inspect.signature(into).parameters)
-    except (TypeError, ValueError):  # no class, or a builtin that tells none
+    except (TypeError, ValueError):  # not a class, or a builtin without a signature
         fields = ()
     if not fields or not set(fields) <= set(ANSWERS):
         name = getattr(into, "__name__", repr(into))

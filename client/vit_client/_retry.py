@@ -1,4 +1,4 @@
-"""When to try again, and how to keep that from becoming a storm."""
+"""Backoff, and budgets that prevent retry storms."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BURST = 10.0
 
 def backoff(attempt: int) -> float:
     """Seconds to wait after failed attempt number `attempt`, from 0. Doubles, with full jitter,
-    so that clients which failed together do not come back together."""
+    so that clients that failed together do not retry together."""
     return random.uniform(0, min(_MAX_DELAY, _FIRST_DELAY * 2 ** min(attempt, 20)))
 
 
 class RetryBudget:
-    """Limits the retries of one kind of one client, over all its calls, to a share of the
-    successes, plus some a second, plus a burst of ten. However many calls fail so, the retries stay
-    few; a call whose retry is not due before its deadline fails without it."""
+    """Limits one client's retries of one kind, over all its calls, to a share of the successes,
+    plus a rate per second, plus a burst of ten. However many calls fail, retries stay few; a call
+    whose retry is not due before its deadline fails without it."""
 
     def __init__(self, *, per_success: float, per_second: float) -> None:
         self._per_success = per_success
@@ -29,11 +29,11 @@ class RetryBudget:
         self._updated = time.monotonic()
 
     def success(self) -> None:
-        """Earn a part of a retry."""
+        """Earn a fraction of a retry."""
         self._tokens = min(_BURST, self._tokens + self._per_success)
 
     def reserve(self) -> float:
-        """Take one retry; returns the seconds until it may start."""
+        """Reserve one retry; returns the seconds until it may start."""
         now = time.monotonic()
         self._tokens = min(_BURST, self._tokens + (now - self._updated) * self._per_second) - 1
         self._updated = now

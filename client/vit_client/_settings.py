@@ -1,4 +1,4 @@
-"""What the constructor was given, with the environment and the defaults filled in."""
+"""The constructor's arguments, completed from the environment and the defaults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FilePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Settings:
-    """Checked: every one of them makes sense."""
+    """Validated settings."""
 
     target: str
     authority: str | None
@@ -55,7 +55,7 @@ class Settings:
         key_file: FilePath | None,
         channel_options: ChannelOptions | None,
     ) -> Settings:
-        """Argument, else environment, else default; a bad value raises ConfigurationError."""
+        """Argument, else environment, else default; an invalid value raises ConfigurationError."""
         check_threads()
         target, url_tls = _address(url)
         files = {
@@ -67,7 +67,7 @@ class Settings:
             }.items()
         }
         labels = {name: name for name in files}
-        if tls is not False:  # which is about the environment too
+        if tls is not False:  # tls=False ignores files from the environment too
             for name in files:
                 if files[name] is None and (value := _environment(name)):
                     files[name], labels[name] = Path(value), _variable(name)
@@ -101,12 +101,12 @@ def _variable(name: str) -> str:
 
 
 def _environment(name: str) -> str:
-    # Files and secrets that become variables often end with a newline.
+    # Variables set from files and secrets often end with a newline.
     return os.environ.get(_variable(name), "").strip()
 
 
 def _setting(name: str, given: Any, parse: Callable[[str], Any], default: Any) -> tuple[Any, str]:
-    """The value, and what to call it in a message."""
+    """The value, and its name for messages."""
     if given is not None:
         return given, name
     text = _environment(name)
@@ -146,7 +146,7 @@ def _boolean(text: str) -> bool:
 
 def _header_list(text: str) -> dict[str, str]:
     lines = text.splitlines()
-    # On lines of their own, values may have commas.
+    # With one header per line, values may contain commas.
     parts = lines if len(lines) > 1 else text.split(",")
     pairs = [part.partition(":") for part in parts if part.strip()]
     if not all(colon for _, colon, _ in pairs):
@@ -173,9 +173,9 @@ _SCHEMES = {"grpc": False, "grpcs": True}
 
 
 def parse_url(url: str) -> tuple[str, bool]:
-    """Split an address into gRPC's target and whether it asks for TLS.
+    """Split an address into gRPC's target and whether it requests TLS.
 
-    Takes "host", "host:port", "[::1]:port", "grpc://…", "grpcs://…" (TLS) and gRPC's own
+    Accepts "host", "host:port", "[::1]:port", "grpc://…", "grpcs://…" (TLS) and gRPC's own
     "dns:///name:port", "ipv4:…", "ipv6:…" and "unix:…".
     """
     match = re.match(r"([a-z0-9+.-]+)://(?!/)(.*)", url, re.IGNORECASE)
@@ -190,7 +190,7 @@ def parse_url(url: str) -> tuple[str, bool]:
             return _with_port(rest, url), _SCHEMES[scheme]
     if url.startswith("dns:///"):
         return "dns:///" + _with_port(url[len("dns:///") :], url), False
-    # Names of gRPC's own kinds, which gRPC itself checks further.
+    # gRPC's own schemes, which gRPC validates itself.
     if re.fullmatch(r"(dns|ipv4|ipv6|unix|unix-abstract|xds|passthrough):\S+", url):
         return url, False
     return _with_port(url, url), False
@@ -207,7 +207,7 @@ def _with_port(address: str, url: str) -> str:
 
 
 def host_and_port(target: str) -> tuple[str, int] | tuple[str]:
-    """Of gRPC's target, for those who look at traces; whole where it has another form."""
+    """Host and port of gRPC's target, for spans; the whole target if it has another form."""
     one = r"(?:dns:///|ipv[46]:)?\[?([^\s/,\[\]]+?)\]?:(\d+)"
     match = re.fullmatch(one, target)
     return (match[1], int(match[2])) if match else (target,)
@@ -233,7 +233,7 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
         raise ConfigurationError(f"{label} must be a dict of names and values")
     metadata = {}
     for name, value in pairs.items():
-        lower = str(name).lower()  # gRPC takes no others
+        lower = str(name).lower()  # gRPC accepts only lower case
         if not is_header(lower, ""):
             raise ConfigurationError(
                 f"{label}: {name!r} is not a valid name for a gRPC text header"
@@ -244,7 +244,7 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
             )
         metadata[lower] = value
     secret, label = _setting("token", token, _text, "")
-    if not _is_sendable(secret):  # which the message must not have
+    if not _is_sendable(secret):  # a secret: not shown in the message
         raise ConfigurationError(f"{label} is not printable ASCII text")
     if secret := secret.strip():
         metadata["authorization"] = f"Bearer {secret}"
@@ -252,7 +252,7 @@ def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tup
 
 
 def is_header(name: str, value: str) -> bool:
-    """Whether gRPC takes it as metadata in text."""
+    """Whether gRPC accepts it as text metadata."""
     named = re.fullmatch(r"[a-z0-9_.-]+", name) and not name.endswith("-bin")
     return bool(named) and _is_sendable(value)
 
@@ -262,7 +262,7 @@ def _is_sendable(value: Any) -> bool:
 
 
 def _check_files(files: Mapping[str, Path | None], labels: Mapping[str, str]) -> None:
-    """Whether gRPC will be able to use them: it would say no more than that it cannot."""
+    """Check that gRPC can use the files: its own errors do not say what is wrong."""
     for name, path in files.items():
         if path is not None:
             read_file(labels[name], path)
@@ -270,7 +270,7 @@ def _check_files(files: Mapping[str, Path | None], labels: Mapping[str, str]) ->
     if bool(cert) != bool(key):
         raise ConfigurationError("mutual TLS needs both cert_file and key_file")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.set_ciphers("ALL:@SECLEVEL=0")  # whether a key is strong enough is not for us to say
+    context.set_ciphers("ALL:@SECLEVEL=0")  # the strength of a key is not checked here
     if ca is not None:
         try:
             context.load_verify_locations(ca)
@@ -280,7 +280,7 @@ def _check_files(files: Mapping[str, Path | None], labels: Mapping[str, str]) ->
             ) from None
     if cert is not None and key is not None:
         try:
-            context.load_cert_chain(cert, key, password="")  # or it would ask the terminal
+            context.load_cert_chain(cert, key, password="")  # else it prompts for one
         except ssl.SSLError:
             raise ConfigurationError(
                 f"{labels['cert_file']} {str(cert)!r} and {labels['key_file']} {str(key)!r} are "
@@ -289,7 +289,7 @@ def _check_files(files: Mapping[str, Path | None], labels: Mapping[str, str]) ->
 
 
 def read_file(label: str, path: Path) -> bytes:
-    """A file with certificates or a key."""
+    """The contents of a file with certificates or a key."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -308,7 +308,7 @@ def _at_least(minimum: int, value: Any, label: str) -> int:
 
 
 def check_timeout(seconds: Any, label: str = "timeout") -> float:
-    """A timeout must be finite: a call that can hang for ever will."""
+    """Validate a timeout. It must be finite, so that no call can hang forever."""
     if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e6:
         raise ConfigurationError(
             f"{label} must be a number of seconds above 0 and below a million, not {seconds!r}"
@@ -320,9 +320,9 @@ def check_timeout(seconds: Any, label: str = "timeout") -> float:
 
 
 def check_threads() -> None:
-    """Refuse to work where gevent or eventlet has replaced what asyncio stands on: gRPC's own
-    threads know nothing of greenlets, and the first call would wait for ever, deaf to its timeout
-    and to Ctrl-C."""
+    """Raise ConfigurationError if gevent or eventlet has patched what asyncio relies on: gRPC's own
+    threads do not run greenlets, and the first call would hang forever, ignoring its timeout and
+    Ctrl-C."""
     for library, patch in (("gevent", "monkey.patch_all"), ("eventlet", "monkey_patch")):
         if any(_patched(library, module) for module in ("thread", "threading", "select")):
             raise ConfigurationError(

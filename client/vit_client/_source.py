@@ -1,4 +1,4 @@
-"""Any iterable or async iterable, as chunks, read ahead by no more than a chunk."""
+"""Splits any iterable or async iterable into chunks, reading ahead by at most one chunk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from functools import partial
 from typing import Any
 
-# How long to wait for a chunk to fill. A source that is slower than this is not held up by
-# images that have not arrived yet; a faster one fills its chunks.
+# Seconds to wait for a chunk to fill. A slower source sends its images as they arrive, without
+# waiting for more; a faster one fills its chunks.
 _LINGER = 0.01
 
 
@@ -20,8 +20,8 @@ async def chunks(
 ) -> AsyncGenerator[list[Any], None]:
     """Lists of up to `size` images, in order.
 
-    A list or tuple is cut in place. Everything else is read ahead: an iterable in a thread of
-    its own, for it may block; an async iterable in a task.
+    A list or tuple is sliced. Everything else is read ahead: an iterable in a thread of its own,
+    because it may block; an async iterable in a task.
     """
     if isinstance(images, (list, tuple)):
         for start in range(0, len(images), size):
@@ -32,8 +32,8 @@ async def chunks(
         reading: asyncio.Task[None] | None = asyncio.ensure_future(reader.read_async(images))
     else:
         reading = None
-        # A daemon, because a source that blocks for ever must not keep the process alive.
-        # In this context: what it traces hangs below the same span.
+        # A daemon, because a source that blocks forever must not keep the process alive. With this
+        # context, so that its spans are children of the current one.
         read = partial(contextvars.copy_context().run, reader.read, images)
         threading.Thread(target=read, daemon=True, name="vit-read").start()
     try:
@@ -61,9 +61,9 @@ class _Reader:
         self._error: BaseException | None = None
 
     async def next_chunk(self) -> list[Any]:
-        """The next images, at least one; empty at the end. Raises what the source raised."""
+        """The next images, at least one; empty at the end. Re-raises the source's error."""
         while not self._buffer and not self._finished:
-            # Clear first, look afterwards: the producer does these in the opposite order.
+            # Clear before checking: the producer appends before it sets the event.
             self._arrived.clear()
             if not self._buffer and not self._finished:
                 await self._arrived.wait()
@@ -78,7 +78,7 @@ class _Reader:
         return chunk
 
     def stop(self) -> None:
-        """Let the producer end, also if it waits for room."""
+        """Stop the producer, even while it waits for room."""
         self._stopped = True
         self._room.release()
 
@@ -126,12 +126,12 @@ class _Reader:
     def _wake(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._arrived.set)
-        except RuntimeError:  # the loop has closed: nobody listens any more
+        except RuntimeError:  # the event loop is closed
             self._stopped = True
 
 
 def _as_exception(error: BaseException) -> Exception:
-    """What a source raised, as something that an event loop survives: SystemExit would end it."""
+    """The source's error as an Exception: others, such as SystemExit, would stop the event loop."""
     if isinstance(error, Exception):
         return error
     wrapped = RuntimeError(f"the iterable of images raised {error!r}")

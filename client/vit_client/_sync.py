@@ -33,31 +33,31 @@ from .types import (
 
 
 class Client:
-    """Asks a Triton server what is in images.
+    """A client that classifies, embeds and maps images on a Triton server.
 
     Use it in `with`, or call `close()`. One client is enough for a program: it may be
     shared by any number of threads, and a connection costs more than a request. It does not
     survive a fork: make it in the process that uses it.
 
-    Wherever a method takes an image, that is a path, the bytes of an image file, an open binary
-    file, a PIL image, or a uint8 array (or tensor) [height, width, 3] in RGB order. One image gives
-    one result; a list, an array or table column of paths, or any other iterable gives the results
-    of all, in order, and may be of any length: it is sent in requests of a size that the server
-    accepts, several at once. For more than fits in memory there is `stream`.
+    An image is a path, the bytes of an image file, an open binary file, a PIL image, or a uint8
+    array (or tensor) [height, width, 3] in RGB order. One image gives one result. A list, an array
+    or table column of paths, or any other iterable gives a result for each image, in order, and may
+    have any length: it is split into requests of a size that the server accepts, sent several at
+    once. For more images than fit in memory use `stream`.
 
-    Every method that asks the server may raise any of `vit_client.errors`, and takes `timeout`:
-    the seconds that one request may take, with everything that belongs to it: reading its images,
-    waiting for its turn, sending, the server's work, retries and the pauses between them. A long
-    list takes several requests. An image that cannot be read in that time, from a pipe or a mount
-    that hangs, is a `BadImage`, and holds up no others: they are sent without it.
+    Every method that sends requests may raise any of `vit_client.errors`, and takes `timeout`: the
+    seconds that one request may take, including reading its images, waiting for a slot, sending,
+    the server's work, retries and the pauses between them. A long list takes several requests. An
+    image that cannot be read in that time, from a pipe or a mount that hangs, is a `BadImage`; the
+    other images are sent without it.
 
-    The results of one call are all of one model, also where another takes its place meanwhile (what
-    is of the old one is asked again); `stream` tells the model of each.
+    All results of one call are from one model, even if it is replaced during the call (images
+    processed by the old one are then sent again); `stream` gives the model of each result.
 
-    Each request has an id, a made one or the `request_id` of the call (the second request of a long
-    list has "-2" after it, and so on). The server gets it; errors (`request_id`) and log lines have
-    it. `logging.getLogger("vit_client")` tells of retries at INFO and of each try at DEBUG. With
-    the extra "opentelemetry" and a tracer provider there is a span for each call.
+    Each request has an id: the `request_id` of the call, with "-2" and so on appended for further
+    requests of a long list, or a generated one. It is sent to the server, and errors (`request_id`)
+    and log lines have it. `logging.getLogger("vit_client")` logs retries at INFO and each attempt
+    at DEBUG. With the extra "opentelemetry" and a tracer provider there is a span for each call.
     """
 
     def __init__(
@@ -76,42 +76,43 @@ class Client:
         key_file: str | os.PathLike[str] | None = None,
         channel_options: ChannelOptions | None = None,
     ) -> None:
-        """Set up a client. It connects when it is first used.
+        """Configure a client. It connects on first use.
 
-        What is not given is taken from the environment variable in brackets, then from the
-        default.
+        An argument that is not given is read from the environment variable in brackets; if that
+        is not set either, the default applies.
 
         Args:
             url: Where the server listens for gRPC: "host:port", "grpcs://host:port" for TLS,
-                or any gRPC name such as "dns:///vit.example:8001". The requests go in turn to
-                all addresses that a name resolves to. [VIT_URL, default localhost:8001]
-            authority: The name of the server that is meant, "host" or "host:port", where the
-                address is that of a gateway for many, as in KServe: gRPC's :authority header.
-                With TLS it is also the name that the certificate must have, instead of the
-                address's. [VIT_AUTHORITY, default the address's own name]
-            timeout: Seconds for each request, retries included. [VIT_TIMEOUT, default 60]
-            retries: How often a request is tried again when the server is overloaded or
-                unavailable. Those for overload are limited, over all requests, to a tenth of
-                the successes plus one a second, so that they cannot add to it. Not counted, but
-                limited to the successes plus 40 a second, are those of requests that failed
-                for a malformed one of somebody else in the same batch. With 0 the first
-                answer counts; a request that a server gave back unbegun, as it ended an
-                old connection, is sent again in any case. [VIT_RETRIES, default 4]
-            concurrency: Requests in flight at once, over all calls of this client.
+                or any gRPC name such as "dns:///vit.example:8001". Requests are distributed
+                round-robin over all addresses that a name resolves to.
+                [VIT_URL, default localhost:8001]
+            authority: gRPC's :authority header, "host" or "host:port": the name of the server if
+                `url` is a gateway shared by several, as in KServe. With TLS it is also the name
+                that the certificate must have. [VIT_AUTHORITY, default the host in `url`]
+            timeout: Seconds per request, retries included. [VIT_TIMEOUT, default 60]
+            retries: Maximum retries of a request if the server is overloaded or unavailable; 0 for
+                none. Retries for overload are limited, over all requests, to a tenth of the
+                successes plus one per second, so that they cannot worsen it. Retries of requests
+                that another client's malformed request in the same batch failed do not count, but
+                are limited to the successes plus 40 per second; with 0 there are none. A request
+                that no server started to process, because it was closing an old connection, is
+                sent again in any case. [VIT_RETRIES, default 4]
+            concurrency: Maximum requests in flight, over all calls of this client.
                 [VIT_CONCURRENCY, default 16]
             token: Sent as "authorization: Bearer …". [VIT_TOKEN]
             headers: Sent as gRPC metadata with each request. [VIT_HEADERS, as "name: value, name:
-                value", or one a line, where a value may have commas]
-            tls: Whether to use TLS. [VIT_TLS, 0 or 1; default: if the address or a file below
-                asks for it]
-            ca_file: PEM file with the certificates to trust. [VIT_CA_FILE, default gRPC's own]
+                value", or one per line if a value has commas]
+            tls: Whether to use TLS. [VIT_TLS, 0 or 1; default: if `url` is grpcs:// or one of the
+                files below is given]
+            ca_file: PEM file with the certificates to trust.
+                [VIT_CA_FILE, default gRPC's built-in roots]
             cert_file: PEM file with the client's certificate, for mutual TLS. [VIT_CERT_FILE]
             key_file: PEM file with its private key. [VIT_KEY_FILE]
-            channel_options: gRPC channel arguments, on top of this client's own.
+            channel_options: gRPC channel arguments; they override this client's own.
 
         Raises:
-            ConfigurationError: A value makes no sense; the message names it. Or gevent or
-                eventlet has patched this process's threads, which gRPC's asyncio cannot bear.
+            ConfigurationError: A value is invalid; the message names it. Or gevent or eventlet
+                has patched this process's threads, which gRPC's asyncio does not support.
         """
         self._bridge = Bridge(
             AsyncClient(
@@ -158,22 +159,22 @@ class Client:
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
-        """What is it? The most likely classes, best first.
+        """Classify: the most likely classes of each image, best first.
 
         Args:
             images: One image, or several.
-            top_k: How many classes; at most `model().max_top_k`.
-            timeout: Seconds for each request; the client's own if not given.
-            request_id: Triton's id for the request; a made one if not given.
+            top_k: Number of classes; at most `model().max_top_k`.
+            timeout: Seconds per request; defaults to the client's timeout.
+            request_id: The request's id, as sent to Triton; generated if not given.
 
         Returns:
-            For one image a list of `top_k` predictions (label, index, score), for several a list
-            of such lists.
+            For one image a list of `top_k` predictions (label, index, score), for several images
+            a list of such lists.
 
         Raises:
             BadImage: The image cannot be used.
-            BadImages: Some of several images cannot be used; has the answers of the others.
-            ValueError: The model has no `top_k` classes to offer.
+            BadImages: Some of several images cannot be used; carries the results of the others.
+            ValueError: `top_k` is not between 1 and `model().max_top_k`.
         """
         return self._bridge.run(
             self._bridge.client.classify(
@@ -192,16 +193,16 @@ class Client:
 
         Args:
             images: One image, or several.
-            timeout: Seconds for each request; the client's own if not given.
-            request_id: Triton's id for the request; a made one if not given.
+            timeout: Seconds per request; defaults to the client's timeout.
+            request_id: The request's id, as sent to Triton; generated if not given.
 
         Returns:
-            For one image float32 [C], for N images float32 [N, C]; each row sums to 1. A class's
-            place is `Prediction.index`.
+            For one image float32 [C], for N images float32 [N, C]; each row sums to 1.
+            Class `Prediction.index` is at that position.
 
         Raises:
             BadImage: The image cannot be used.
-            BadImages: Some of several images cannot be used; has the answers of the others.
+            BadImages: Some of several images cannot be used; carries the results of the others.
         """
         return self._bridge.run(
             self._bridge.client.probabilities(images, timeout=timeout, request_id=request_id)
@@ -214,21 +215,21 @@ class Client:
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> npt.NDArray[np.float32]:
-        """What is it like? A vector for each image; similar images have similar vectors.
+        """Embed: a vector for each image; similar images have similar vectors.
 
-        Compare them by cosine: they are not normalised.
+        The vectors are not normalised: compare them by cosine similarity.
 
         Args:
             images: One image, or several.
-            timeout: Seconds for each request; the client's own if not given.
-            request_id: Triton's id for the request; a made one if not given.
+            timeout: Seconds per request; defaults to the client's timeout.
+            request_id: The request's id, as sent to Triton; generated if not given.
 
         Returns:
             For one image float32 [D], for N images float32 [N, D].
 
         Raises:
             BadImage: The image cannot be used.
-            BadImages: Some of several images cannot be used; has the answers of the others.
+            BadImages: Some of several images cannot be used; carries the results of the others.
         """
         return self._bridge.run(
             self._bridge.client.embed(images, timeout=timeout, request_id=request_id)
@@ -241,12 +242,12 @@ class Client:
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Features:
-        """Where is what? A vector for each patch of the image.
+        """Feature map: a vector for each patch of the image.
 
         Args:
             images: One image, or several.
-            timeout: Seconds for each request; the client's own if not given.
-            request_id: Triton's id for the request; a made one if not given.
+            timeout: Seconds per request; defaults to the client's timeout.
+            request_id: The request's id, as sent to Triton; generated if not given.
 
         Returns:
             {"neck": map}, for one image float32 [D, h, w], for N images float32 [N, D, h, w].
@@ -255,7 +256,7 @@ class Client:
 
         Raises:
             BadImage: The image cannot be used.
-            BadImages: Some of several images cannot be used; has the answers of the others.
+            BadImages: Some of several images cannot be used; carries the results of the others.
         """
         return self._bridge.run(
             self._bridge.client.features(images, timeout=timeout, request_id=request_id)
@@ -312,11 +313,11 @@ class Client:
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Any:
-        """Several of these questions at once, for the price of one: a single forward pass.
+        """Several results of a single forward pass.
 
             predictions, embedding = client.analyze("cat.jpg")
 
-        Other answers are asked for by a class that has fields for them:
+        For other results, pass a class with fields for them:
 
             class Card(NamedTuple):
                 probabilities: npt.NDArray[np.float32]
@@ -328,19 +329,20 @@ class Client:
             images: One image, or several.
             into: A NamedTuple or dataclass with some of the fields `predictions`, `probabilities`,
                 `embedding` and `neck`, each as its own method returns it for one image. Only these
-                are asked for. By default Analysis: `predictions` and `embedding`.
-            top_k: How many predictions; at most `model().max_top_k`.
-            timeout: Seconds for each request; the client's own if not given.
-            request_id: Triton's id for the request; a made one if not given.
+                are requested. Default: Analysis, with `predictions` and `embedding`.
+            top_k: Number of predictions; at most `model().max_top_k`.
+            timeout: Seconds per request; defaults to the client's timeout.
+            request_id: The request's id, as sent to Triton; generated if not given.
 
         Returns:
-            For one image an `into`, for several a list of them.
+            For one image an instance of `into`, for several images a list of them.
 
         Raises:
             BadImage: The image cannot be used.
-            BadImages: Some of several images cannot be used; has the answers of the others.
-            ModelNotServed: The server's models are of an older vit-builder, without `analyze`.
-            ValueError: `into` has other fields, or the model has no `top_k` classes to offer.
+            BadImages: Some of several images cannot be used; carries the results of the others.
+            ModelNotServed: An older vit-builder, without `analyze`, built the server's models.
+            ValueError: `into` has other fields, or `top_k` is not between 1 and
+                `model().max_top_k`.
         """
         return self._bridge.run(
             self._bridge.client.analyze(
@@ -444,28 +446,28 @@ class Client:
         request_id: str | None = None,
         model_version: str | None = None,
     ) -> Generator[Item[Any], None, None]:
-        """Answer any number of images, in order, in bounded memory.
+        """Process any number of images, in order, in bounded memory.
 
-        Images are read ahead, sent and answered while you work on earlier ones. A plain iterable
-        is read in a thread of its own, so it may block. Closing the iterator early (leaving the
-        loop, or `close()`/`aclose()`) cancels what is in flight; an `async for` that may be left
-        early wants `contextlib.aclosing`, because Python alone closes it only when it is collected.
+        Images are read ahead and sent while you work on earlier results. A plain iterable is read
+        in a thread of its own, so it may block. Closing the iterator early (leaving the loop, or
+        `close()`/`aclose()`) cancels the requests in flight. Wrap an `async for` that may be left
+        early in `contextlib.aclosing`: otherwise Python closes it only on garbage collection.
 
         Args:
             images: Any iterable or async iterable of images.
             task: "classify", "probabilities", "embed", "features" or "analyze".
-            into: What "analyze" is to answer, as in the method of that name.
-            top_k: How many classes; for "classify" and "analyze".
+            into: The results of "analyze", as for that method.
+            top_k: Number of classes, for "classify" and "analyze".
             on_error: What to do with an image that cannot be used: "raise" its BadImage when its
-                turn comes, "return" it as an item with `error` set, or "skip" it. All that is not
-                the fault of an image, such as a server that went away, raises in any case.
+                turn comes, "return" it as an item with `error` set, or "skip" it. All other errors,
+                such as a lost server, are always raised.
             progress: True for a progress bar on standard error (needs the extra "progress"), or
-                a function that is called with the number of images done.
-            timeout: Seconds for each request; the client's own if not given.
-            request_id: Triton's id for the first request, and with a number ("-2", "-3", …) for the
-                others; a made one if not given.
-            model_version: Only answers of this model (`Model.version`), such as those kept earlier
-                are of. Where the server has another, ModelChanged is raised.
+                a function that is called with the number of images done so far.
+            timeout: Seconds per request; defaults to the client's timeout.
+            request_id: The id of the first request, as sent to Triton; the others have a number
+                appended ("-2", "-3", …). Generated if not given.
+            model_version: Accept results of this model only (`Model.version`), for example to go on
+                with stored ones. If the server has another, ModelChanged is raised.
 
         Yields:
             An Item for each image: `index`, `image`, and `result` as the method of the task
@@ -487,32 +489,32 @@ class Client:
         )
 
     def model(self, *, timeout: float | None = None, model_version: str | None = None) -> Model:
-        """What the server serves: name, sizes, classes, precision, whether it is trained.
+        """The served model: name, sizes, classes, precision, whether it is trained.
 
         Args:
-            timeout: Seconds; the client's own if not given.
-            model_version: The model of this version; if not given, the one that has answered this
-                client last. The server is asked once for each.
+            timeout: Seconds; defaults to the client's timeout.
+            model_version: The version to describe; by default the one that served this client's
+                last request. Each is requested once and then cached.
 
         Raises:
-            ModelChanged: The server has another one.
-            ModelNotServed: A server answers, but it serves other models.
+            ModelChanged: The server does not have this version.
+            ModelNotServed: A server responded, but it serves other models.
         """
         return self._bridge.run(
             self._bridge.client.model(timeout=timeout, model_version=model_version)
         )
 
     def health(self, *, timeout: float = 5.0) -> Health:
-        """Whether the server answers, tried with a real image. Returns instead of raising, and
-        does not retry.
+        """Check the server with a real image. Reports failures in its result instead of raising,
+        and does not retry.
 
         Args:
-            timeout: Seconds for all of it.
+            timeout: Seconds for the whole check.
         """
         return self._bridge.run(self._bridge.client.health(timeout=timeout))
 
     def close(self) -> None:
-        """Cancel what is in flight and close the connection. May be called twice."""
+        """Cancel the requests in flight and close the connection. May be called more than once."""
         self._bridge.close()
 
     def __enter__(self) -> Client:

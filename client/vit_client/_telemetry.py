@@ -1,7 +1,7 @@
-"""Log lines; and spans and a histogram by OpenTelemetry, where its API is installed.
+"""Log lines; and OpenTelemetry spans and a histogram, if its API is installed.
 
-That API does nothing by itself. A program that wants traces sets a tracer provider: then the spans
-of this client hang below its own, and those of the server, which gets `traceparent`, below these.
+The API alone does nothing. In a program that sets a tracer provider, the spans of this client are
+children of the program's, and the server's, through `traceparent`, are children of the client's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("vit_client")
 log.addHandler(logging.NullHandler())
 
 _SERVICE = "inference.GRPCInferenceService"
-# Seconds. OpenTelemetry's own bounds are for milliseconds.
+# Seconds; OpenTelemetry's defaults are for milliseconds.
 _BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class Telemetry:
-    """Of one client. Without the API, or a provider, its methods cost next to nothing."""
+    """Telemetry of one client. Without the API or a provider it costs next to nothing."""
 
     def __init__(self, settings: Settings) -> None:
         self._metadata: Metadata = settings.metadata
@@ -56,7 +56,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def call(self, asked: Question) -> Iterator[None]:
-        """A public call: a span, and its duration in the histogram."""
+        """Record a public call: a span, and its duration in the histogram."""
         begun, outcome = time.monotonic(), "ok"
         try:
             with self._span(*_named(asked)), _naming(asked):
@@ -72,8 +72,8 @@ class Telemetry:
     async def stream(
         self, asked: Question, source: AsyncGenerator[list[T], None]
     ) -> AsyncGenerator[list[T], None]:
-        """What `source` yields, under one span, which is current only while `source` runs: what the
-        caller does meanwhile is none of it."""
+        """What `source` yields, in one span. It is current only while `source` runs, so that the
+        caller's own spans are not its children."""
         images = 0
         with self._span(*_named(asked), current=False) as span, _naming(asked):
             try:
@@ -97,7 +97,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def attempt(self, method: str, message: Any) -> Iterator[Metadata]:
-        """One try of a request: a span, and the metadata that it is sent with."""
+        """Record one attempt of a request: a span; yields the metadata to send."""
         called = {"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": method}
         with self._span(f"{_SERVICE}/{method}", called | self._server, sends=True) as span:
             if span is None:
@@ -108,12 +108,12 @@ class Telemetry:
                 span.set_attribute("vit.images", message.inputs[0].shape[0])
                 span.set_attribute("vit.bytes", message.ByteSize())
             carrier: dict[str, str] = {}
-            # Triton would send its spans also where nobody keeps the trace.
+            # Triton would export its spans even for a trace that is not sampled.
             if span.get_span_context().trace_flags.sampled:
                 propagate.inject(carrier)
             own = dict(self._metadata)
             added = {
-                name.lower(): value  # gRPC takes no others
+                name.lower(): value  # gRPC accepts only lower case
                 for name, value in carrier.items()
                 if is_header(name.lower(), value)
             }
@@ -133,13 +133,13 @@ class Telemetry:
     def _span(
         self, name: str, attributes: Mapping[str, Any], *, current: bool = True, sends: bool = False
     ) -> Iterator[Any]:
-        """A span, which tells the error that ends it; or None where nobody wants one."""
+        """A span that records the error that ends it; None without the API or a provider."""
         if not _installed:
             yield None
             return
         kind = trace.SpanKind.CLIENT if sends else trace.SpanKind.INTERNAL
         span = self._tracer.start_span(name, kind=kind, attributes=attributes)
-        if not span.get_span_context().is_valid:  # there is no provider, and no trace to pass on
+        if not span.get_span_context().is_valid:  # no provider, and no trace to propagate
             yield None
             return
         try:
@@ -149,7 +149,7 @@ class Telemetry:
             span.set_attribute("error.type", error.code().name)
             span.set_status(trace.StatusCode.ERROR, error.details())
             raise
-        except asyncio.CancelledError:  # by the caller, which is no failure
+        except asyncio.CancelledError:  # by the caller: not a failure
             span.set_attribute("error.type", "CancelledError")
             raise
         except Exception as error:
@@ -161,7 +161,7 @@ class Telemetry:
 
 
 def annotate(**attributes: Any) -> None:
-    """Tell more of the call that this is done for: `images=3` is its attribute vit.images."""
+    """Set attributes of the current span: `images=3` sets vit.images."""
     if _installed:
         span = trace.get_current_span()
         for name, value in attributes.items():
@@ -169,7 +169,7 @@ def annotate(**attributes: Any) -> None:
 
 
 def retrying(name: str, error: VitClientError, number: int, pause: float) -> None:
-    """Say that the request of this name, after try `number`, is tried again."""
+    """Log that the request of this name is retried after attempt `number`."""
     why = shortened(error.message, 1000)
     log.info("%s: try %d failed, again in %.3f s: %s", name, number, pause, why)
     if _installed:
@@ -188,7 +188,7 @@ def _named(asked: Question) -> tuple[str, Mapping[str, Any]]:
 
 @contextlib.contextmanager
 def _naming(asked: Question) -> Iterator[None]:
-    """Errors that come before there is a request have the id of the call."""
+    """Give errors raised before there is a request the id of the call."""
     try:
         yield
     except VitClientError as error:

@@ -1,4 +1,4 @@
-"""Requests and answers of the ensembles, as Triton's gRPC protocol has them."""
+"""Requests and responses of the ensembles in Triton's gRPC protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .types import Model, Prediction
 
 MODEL = "vit"
 
-# What an answer is made of.
+# The output tensors of each answer.
 _OUTPUTS = {
     "predictions": ("scores", "indices", "labels"),
     "probabilities": ("probabilities",),
@@ -26,7 +26,7 @@ _OUTPUTS = {
     "neck": ("neck",),
 }
 
-# Of a server that tells no bound.
+# For a server that does not report a limit.
 _MAX_REQUEST_BYTES = 64 << 20
 
 _DTYPES = {"FP32": "<f4", "FP16": "<f2", "INT32": "<i4"}
@@ -36,7 +36,7 @@ _BAD_ROW = re.compile(r"(?:^|\W)image\[(\d+)\]: *(.*)")
 
 
 def request(question: Question, files: Sequence[bytes]) -> Any:
-    """A ModelInferRequest with one encoded file a row."""
+    """A ModelInferRequest with one encoded file per row."""
     message = pb.ModelInferRequest(
         model_name=question.ensemble,
         model_version=question.model_version,
@@ -52,13 +52,13 @@ def request(question: Question, files: Sequence[bytes]) -> Any:
 
 
 def queue_timeout(left: float) -> int:
-    """For how many microseconds a request may wait in the server's queue, of the seconds that are
-    left to it: half. One that leaves the queue as its time ends is work for nobody."""
+    """Microseconds that a request with `left` seconds to its deadline may wait in the server's
+    queue: half. A request that leaves the queue at its deadline would be processed in vain."""
     return max(1, int(left * 500_000))
 
 
 def rows(question: Question, response: Any) -> list[dict[str, Any]]:
-    """The answers of a ModelInferResponse to each row, by name. Arrays are read-only views into
+    """The answers of a ModelInferResponse for each row, by name. Arrays are read-only views of
     it."""
     raw = {
         output.name: (output, data)
@@ -85,16 +85,16 @@ def _column(answer: str, raw: dict[str, tuple[Any, bytes]], top_k: int) -> list[
 
 
 def bad_rows(details: str) -> dict[int, str]:
-    """Row and reason of each bad image that an INVALID_ARGUMENT answer names."""
+    """Row and reason of each bad image that an INVALID_ARGUMENT status names."""
     matches = (_BAD_ROW.search(line) for line in details.splitlines())
     return {int(match[1]): match[2].strip() for match in matches if match}
 
 
 def model(config: Any, version: str) -> Model:
-    """What a ModelConfig of `vit` tells; of `version`, where it does not tell that itself.
+    """The Model of a ModelConfig of `vit`; `version` is the default if the config has none.
 
     Raises:
-        ModelNotServed: It is not our model.
+        ModelNotServed: It is another model that happens to be called `vit`.
     """
     dims = {tensor.name: list(tensor.dims) for tensor in (*config.input, *config.output)}
     text = {name: value.string_value for name, value in config.parameters.items()}
@@ -124,9 +124,9 @@ def model(config: Any, version: str) -> Model:
 
 
 def misfit(builder: str, client: str = __version__) -> str:
-    """What to warn of where a model was built by this version of vit-builder; "" if of nothing.
+    """A warning if a model built by this version of vit-builder may be incompatible; else "".
 
-    The two fit if their major versions are the same, before 1.0 also the minor ones.
+    The two are compatible if their major versions are equal, before 1.0 also the minor ones.
     """
     theirs, ours = _compatible(builder), _compatible(client)
     if not theirs or theirs == ours:
@@ -148,7 +148,7 @@ def _compatible(version: str) -> tuple[int, ...]:
 
 
 def _request_bytes(text: str) -> int:
-    # More than 2 GiB is no message of protobuf's.
+    # A protobuf message cannot exceed 2 GiB.
     return min(int(text), 2**31 - 1) if text.isdecimal() and int(text) else _MAX_REQUEST_BYTES
 
 

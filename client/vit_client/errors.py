@@ -1,23 +1,23 @@
 """Every error this package raises on purpose.
 
     VitClientError          catch this one to catch them all
-    ├── ConfigurationError  a setting makes no sense (also a ValueError)
+    ├── ConfigurationError  a setting is invalid (also a ValueError)
     ├── ClientClosed        the client was used after close(), after fork or in another event loop
     ├── BadImage            one image cannot be read or decoded; the others are fine
-    │   └── BadImages       some images of a list; carries every other image's answer
-    ├── InvalidRequest      the server refused the request itself
-    ├── AccessDenied        no or wrong token, header or certificate, or no TLS
-    ├── ModelNotServed      a server answered, but it does not serve these models
-    ├── ModelChanged        another model answers than before, or than was asked for
-    ├── Overloaded          the server is up and has too much to do
-    ├── Unavailable         no server could be reached, or it went away
-    ├── DeadlineExceeded    no answer in time (also a TimeoutError)
-    └── ServerError         the server failed while answering
+    │   └── BadImages       some images of a list; carries the results of all others
+    ├── InvalidRequest      the server rejected the request
+    ├── AccessDenied        missing or wrong token, header or certificate, or TLS required
+    ├── ModelNotServed      a server responded, but it does not serve these models
+    ├── ModelChanged        the model is not the previous or the requested one
+    ├── Overloaded          the server is up but has too much load
+    ├── Unavailable         no server could be reached, or the connection was lost
+    ├── DeadlineExceeded    no response in time (also a TimeoutError)
+    └── ServerError         the server failed while processing the request
 
-Whether trying again helps is told by `retryable`. It is true for `Overloaded` and `Unavailable`
-only, and when you see one of these the client has already tried again, as often and for as long
-as its settings allow. After `DeadlineExceeded` a larger `timeout=` may help. All other errors
-come back the same until the image, the setting or the server is changed.
+`retryable` says whether a retry may help. It is true for `Overloaded` and `Unavailable` only, and
+both are raised only after the client has retried as often and for as long as its settings allow.
+After `DeadlineExceeded` a larger `timeout=` may help. All other errors recur until the image, the
+setting or the server is changed.
 """
 
 from __future__ import annotations
@@ -45,20 +45,18 @@ __all__ = [
 
 
 class VitClientError(Exception):
-    """The root of the tree.
+    """Base class of all errors of this package.
 
     Attributes:
-        message: what went wrong, as one readable text. `str(error)` is the same, with the id of the
-            request after it.
-        task: "classify", "probabilities", "embed", "features" or "analyze"; or None outside of
-            these.
-        details: the server's own words, or None where the server said nothing.
-        request_id: the id of the request that failed, as the server got it and this package logs
-            it (`logging.getLogger("vit_client")`); or None where there was no request.
+        message: what went wrong. `str(error)` is the same, followed by the id of the request.
+        task: "classify", "probabilities", "embed", "features" or "analyze"; None outside of these.
+        details: the server's own message, or None if it sent none.
+        request_id: the id of the failed request, as sent to the server and logged by this package
+            (`logging.getLogger("vit_client")`); None if there was no request.
     """
 
     retryable: ClassVar[bool] = False
-    """Whether the same call may succeed later with nothing changed."""
+    """Whether the same call may succeed later, unchanged."""
 
     def __init__(
         self,
@@ -75,18 +73,18 @@ class VitClientError(Exception):
         self.request_id = request_id
 
     def __str__(self) -> str:
-        named = not self.request_id or self.request_id in self.message  # by Triton, for one
+        named = not self.request_id or self.request_id in self.message  # Triton does so
         return self.message if named else f"{self.message} [request {self.request_id}]"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions pickle by their positional arguments, which would lose the attributes:
-        # a multiprocessing worker could not hand its error to the parent.
+        # Exceptions pickle by their positional arguments only, so an error raised in a
+        # multiprocessing worker would reach the parent without its attributes.
         return _restore, (type(self), self.args, self.__dict__)
 
 
 def shortened(name: object, longest: int = 200) -> str:
-    """A name, or a text with names, for a message: on one line, and cut out of the middle where it
-    is long."""
+    """A name, or a text with names, for a message: on one line, with the middle cut out if it is
+    longer than `longest` characters."""
     text = str(name)
     if len(text) > longest:
         text = f"{text[: longest // 2]}…{text[-(longest // 2) :]}"
@@ -101,22 +99,22 @@ def _restore(kind: type[VitClientError], args: tuple[Any, ...], state: dict[str,
 
 
 class ConfigurationError(VitClientError, ValueError):
-    """A constructor argument or VIT_… variable makes no sense. The message names it."""
+    """A constructor argument or VIT_… variable is invalid. The message names it."""
 
 
 class ClientClosed(VitClientError):
-    """The client cannot be used any more, or not from here: make a new one."""
+    """The client is closed, or cannot be used in this process or event loop: create a new one."""
 
 
 class BadImage(VitClientError):
     """One image cannot be used: no such file, not an image, truncated, far too large; or it could
-    not be read within the timeout, which is no fault of the server.
+    not be read within the timeout, which is not the server's fault.
 
     Attributes:
         index: position of the image among those given to the call, from 0.
-        name: path or file name of the image, or None for bytes, arrays and the like. In the
-            message it is shortened where it is very long.
-        reason: what is wrong with it, in a few words.
+        name: path or file name of the image, or None for bytes, arrays and the like. The message
+            has a very long name shortened.
+        reason: what is wrong with the image, in a few words.
     """
 
     def __init__(
@@ -137,14 +135,14 @@ class BadImage(VitClientError):
 
 
 class BadImages(BadImage):
-    """Some images of a list cannot be used; the answers of all others are in `results`.
+    """Some images of a list cannot be used; the results of all others are in `results`.
 
-    As a BadImage it stands for the first of them (`index`, `name`, `reason`).
+    Its attributes as a BadImage describe the first of them (`index`, `name`, `reason`).
 
     Attributes:
         errors: a BadImage for each image that failed, in order.
-        results: one entry an image, in order: its answer, as the same call with this image alone
-            would return it, or None for the ones in `errors`.
+        results: one entry per image, in order: what the same call with this image alone would
+            return, or None for the images in `errors`.
     """
 
     def __init__(self, errors: list[BadImage], results: list[Any]) -> None:
@@ -165,46 +163,46 @@ class BadImages(BadImage):
 
 
 class InvalidRequest(VitClientError):
-    """The server, or a proxy before it, refused the request: the message has its reason. Never
-    retried."""
+    """The server, or a proxy in front of it, rejected the request; the message has the reason.
+    Never retried."""
 
 
 class AccessDenied(VitClientError):
-    """The server, or a proxy before it, wants another token, header or certificate; or one of the
-    two sides does not trust the other's certificate."""
+    """The server, or a proxy in front of it, requires another token, header or certificate; or one
+    side does not trust the other's certificate."""
 
 
 class ModelNotServed(VitClientError):
-    """A server answered, but does not serve (or has not loaded) the models this client needs."""
+    """A server responded, but does not serve (or has not loaded) the models this client needs."""
 
 
 class ModelChanged(VitClientError):
-    """Another model answers than before, or than the one that was asked for (`model_version`).
+    """The served model is not the previous one, or not the requested one (`model_version`).
 
-    The answers of two models do not go together: neither in one array or list, nor in one file.
-    During a rolling update both may answer for a while; ask again when it is over."""
+    The results of two models cannot be compared, so they must not be mixed in one array, list or
+    file. During a rolling update both may be served for a while; retry when it is over."""
 
 
 class Overloaded(VitClientError):
-    """The server's queue is full, or the request waited in it for too long; or a proxy before it
-    takes no more. Send less, or later."""
+    """The server's queue is full, or the request waited in it for too long; or a proxy in front of
+    it limits the rate. Send less, or later."""
 
     retryable = True
 
 
 class Unavailable(VitClientError):
-    """No server could be reached at the address, the connection broke, or the server is starting or
-    stopping; or another caller's malformed request failed this one."""
+    """No server could be reached at the address, the connection was lost, or the server is starting
+    or stopping; or another client's malformed request in the same batch failed this one."""
 
     retryable = True
 
 
 class DeadlineExceeded(VitClientError, TimeoutError):
-    """There was no answer within the timeout, retries included."""
+    """There was no response within the timeout, retries included."""
 
 
 class ServerError(VitClientError):
-    """The server failed while it answered; its log knows more."""
+    """The server failed while processing the request; see its log."""
 
 
 _OVERLOAD_TEXTS = (
@@ -212,46 +210,45 @@ _OVERLOAD_TEXTS = (
     "request timeout expired",
     "failed to increase the shared memory pool size",  # /dev/shm is full
 )
-# As it starts, and already as it stops: with several servers, another one will answer.
+# While the server starts, and while it shuts down: of several servers, another one will respond.
 _NOT_LOADED = re.compile(r"has no available versions|version \d+ is not at ready state")
-# Of a Python model: the process that it runs in has ended, or stands still.
+# The process of a Python model has exited or hangs.
 _MODEL_DIED = "is not healthy"
-# It serves the model, but not the version that was asked for: not these weights.
+# The model is served, but not in the requested version, so with other weights.
 _OTHER_VERSION = re.compile(r"unknown model: '[^']*' version \d+ is not found")
-# A request whose lengths contradict its bytes or its shape fails all others of its batch, in every
-# Triton so far, with INVALID_ARGUMENT or INTERNAL. This package writes none, so it was somebody
-# else's. Only from the start: the reason why an image is bad may have any words.
+# A request whose lengths contradict its bytes or its shape fails all others in its batch, in every
+# Triton so far, with INVALID_ARGUMENT or INTERNAL. This package sends none, so it was another
+# client's. Matched at the start only: the reason why an image is bad may contain any text.
 _NEIGHBOUR = re.compile(
     r"(in ensemble '[^']*', )?(incomplete string data for |batch size \d+ for '[^']*', max allowed)"
 )
 
-# For gRPC, a server that is not trusted is one that cannot be reached. These say that the two
-# sides do not agree; a TLS handshake that merely ends, or takes too long, is like any connection
-# that does.
+# gRPC reports an untrusted server as UNAVAILABLE. These texts tell a TLS mismatch; a handshake that
+# is merely cut off, or times out, counts as a lost connection.
 _TLS_TEXTS = ("SSL_ERROR_SSL", "Hostname Verification", "missing selected ALPN")
 
-# The server never saw this call: its connection was about to end for its age, or it stops. For a
-# call that was under way as the connection ended, gRPC's text has other words before GOAWAY.
+# The server never saw this call: its connection had reached its maximum age, or it is shutting
+# down. For a call that was in flight then, gRPC's text has other words before GOAWAY.
 _NOT_BEGUN = "Stream removed (GOAWAY received; Error code: 0"
 
-# Of a proxy between here and the server; or of one that the environment names (https_proxy), which
-# is asked for a tunnel.
+# Statuses of a proxy in front of the server, and of an outgoing proxy (https_proxy) that is asked
+# for a tunnel.
 _HTTP_STATUS = re.compile(r"Received http2 header with status: (\d+)")
 _TUNNEL_STATUS = re.compile(r"HTTP proxy returned response code (\d+)")
 
-# An answer without gRPC's status: a web server's.
+# A response without a gRPC status: it is from a web server.
 _NOT_GRPC = "Data frame with END_STREAM flag received"
 
 _BY_CODE: dict[grpc.StatusCode, type[VitClientError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,  # a gateway's way to limit the rate
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,  # a gateway's rate limit
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.UNAUTHENTICATED: AccessDenied,
     grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
     grpc.StatusCode.NOT_FOUND: ModelNotServed,
     grpc.StatusCode.UNIMPLEMENTED: ModelNotServed,  # some other gRPC server
     grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.CANCELLED: Unavailable,  # by the server as it stops; we raise CancelledError
+    grpc.StatusCode.CANCELLED: Unavailable,  # by the server's shutdown; ours raises CancelledError
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
 }
 
@@ -260,10 +257,11 @@ _UNKNOWN_PLACE = (ModelNotServed, "has no gRPC server at this address: is it rig
 _NO_LOGIN = (AccessDenied, "requires a login of its own")
 _NO_BACKEND = (Unavailable, "cannot reach the server")
 
-# Ensembles that the first vit-builders did not make. That it has our `vit` is known by then.
+# Ensembles that the first releases of vit-builder did not build. Used only once the server is
+# known to have `vit`.
 _NEWER = re.compile("unknown model: '(analyze|everything)'")
 
-# What HTTP statuses mean that a proxy gives instead of the server's answer.
+# What the HTTP status of a proxy means, sent instead of the server's response.
 _BY_HTTP_STATUS: dict[int, tuple[type[VitClientError], str]] = {
     **dict.fromkeys((301, 302, 303, 307, 308), _LOGIN),
     401: (AccessDenied, "rejects the token or login"),
@@ -291,13 +289,13 @@ _BY_HTTP_STATUS: dict[int, tuple[type[VitClientError], str]] = {
 def from_grpc(
     error: grpc.RpcError, *, url: str, task: str | None, timeout: float, tls: bool = False
 ) -> VitClientError:
-    """Turn a gRPC error into ours. This is the one place that reads gRPC status codes.
+    """Convert a gRPC error. This is the only place that reads gRPC status codes.
 
-    Triton answers UNAVAILABLE for a full queue and an expired wait in it as well as for a server
-    that is gone, and NOT_FOUND while it stops, so those are told apart by their text.
+    Triton returns UNAVAILABLE for a full queue and for a request that expired in it, like gRPC for
+    a lost connection, and NOT_FOUND while it shuts down, so the text has to tell them apart.
 
     Args:
-        tls: Whether the connection is by TLS: without, nothing can be wrong with it.
+        tls: Whether the connection uses TLS: without it, no text is taken for a TLS mismatch.
     """
     code: grpc.StatusCode = error.code()
     details: str = error.details() or ""
@@ -330,29 +328,29 @@ def _http_meaning(status: int) -> tuple[type[VitClientError], str]:
 
 
 def is_stopping(error: VitClientError) -> bool:
-    """Whether a server answered, to say that it is about to go."""
+    """Whether a server responded that it is shutting down, or that its model is not loaded."""
     details = (error.details or "").lower()
     said = _NOT_LOADED.search(details) or "server is stopping" in details
     return isinstance(error, Unavailable) and bool(said)
 
 
 def is_not_begun(error: VitClientError) -> bool:
-    """Whether it is certain that no server has begun to work on the call."""
+    """Whether it is certain that no server has started processing the call."""
     return isinstance(error, Unavailable) and (error.details or "").startswith(_NOT_BEGUN)
 
 
 def is_neighbours(error: VitClientError) -> bool:
-    """Whether it was another caller's malformed request that failed."""
+    """Whether another client's malformed request, in the same batch, caused it."""
     return isinstance(error, Unavailable) and bool(_NEIGHBOUR.match(error.details or ""))
 
 
 def is_too_many(error: InvalidRequest) -> bool:
-    """Whether a request had more images than the server takes in one."""
+    """Whether a request had more images than the server accepts."""
     return "batch-size must be <=" in (error.details or "")
 
 
 def is_too_large(error: InvalidRequest, size: int) -> bool:
-    """Whether a request of `size` bytes was refused for its size, not its answer for its own."""
+    """Whether a request of `size` bytes was itself too large, rather than its response."""
     details = error.details or ""
     return f"larger than max ({size} vs" in details or details.endswith("status: 413")
 

@@ -27,7 +27,7 @@ from ._report import Warnings, error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; `--help` lists them."""
+    """Run the command and return its exit code; `--help` lists the codes."""
     _streams.prepare()
     _interrupt.end_at_second()
     logging.getLogger("vit_client").addHandler(Warnings(logging.WARNING))
@@ -44,10 +44,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _told(work: Callable[[], int | None]) -> int:
-    """Do it; tell what went wrong, and return the exit code."""
+    """Run `work`, report errors on standard error, and return the exit code."""
     try:
         return work() or OK
-    except SystemExit as end:  # argparse has told
+    except SystemExit as end:  # argparse has reported why
         return int(end.code or OK)
     except NothingLeft as failure:
         return failure.code

@@ -1,4 +1,4 @@
-"""`python -m vit_client.cli`, for where scripts are not on the PATH."""
+"""`python -m vit_client.cli`, in case scripts are not on the PATH."""
 
 import sys
 

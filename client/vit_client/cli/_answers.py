@@ -1,4 +1,4 @@
-"""classify, probabilities, embed, features and analyze: an answer for each image."""
+"""classify, probabilities, embed, features and analyze: a result for each image."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ._pictures import check_picture
 from ._report import error
 from ._sheet import Sheet
 
-# Classes under a thumbnail.
+# Classes shown under a thumbnail.
 _BEST = 3
 
 
 def answer(options: Namespace) -> int:
-    """Print the answers; returns the exit code."""
+    """Print the results; returns the exit code."""
     names, failed = expand(options)
     sheet = _sheet(options, names)
     with connect(options) as client:
         warn_if_untrained(client)
-        # What comes out is of one model, though another may take its place meanwhile.
+        # All output is from one model, even if it is replaced during the run.
         version = client.model().version
         show = _shower(options, version)
         stream = client.stream(
@@ -54,7 +54,7 @@ def _sheet(options: Namespace, names: Sequence[str]) -> Sheet | None:
     if getattr(options, "sheet", None) is None:
         return None
     path = Path(options.sheet)
-    # A sheet of last time, where it is among the images.
+    # The sheet of an earlier run may be among the images.
     hint = f"choose another name, or leave it out of its folder with --exclude {path.name}"
     check_picture(path, names, hint)
     return Sheet(path, names, min(options.top_k, _BEST))

@@ -1,4 +1,4 @@
-"""What several commands need."""
+"""Helpers shared by several commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CannotWrite(Exception):
 
 
 class NothingLeft(Exception):
-    """There is nothing to ask about, and why has been told.
+    """There are no images to process; the reason has been reported.
 
     Attributes:
         code: the exit code.
@@ -32,28 +32,28 @@ class NothingLeft(Exception):
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, without the name of the file that it went wrong with."""
+    """What went wrong, without the file name."""
     return os.strerror(error.errno).lower() if error.errno else str(error)
 
 
 def escaped(name: str) -> str:
-    """A file name that every format can hold. Not all bytes of a name need be UTF-8: Python has
-    surrogates for the others, which are not text."""
+    """A file name that every format can hold. The bytes of a name need not be UTF-8: Python decodes
+    the others to surrogates, which are not valid text."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def connect(options: Namespace) -> Client:
-    """A client as the options ask for."""
+    """A client configured by the options."""
     return Client(options.url, timeout=options.timeout)
 
 
 def warn_if_untrained(client: Client) -> None:
-    """The numbers of a random model look like any others."""
+    """Warn, because the output of a random model looks like any other."""
     if not client.model().trained:
         warning("untrained weights: labels are meaningless")
 
 
 def progress(*, output_on_stdout: bool = True) -> Progress:
-    """A bar where someone is watching, unless the answers go to the same terminal."""
+    """A progress bar if standard error is a terminal, unless the results go to a terminal too."""
     hidden = output_on_stdout and sys.stdout.isatty()
     return sys.stderr.isatty() and not hidden and find_spec("tqdm") is not None

@@ -1,4 +1,4 @@
-"""`embed -o`: the embeddings of many images, and their classes, into one file; resumable."""
+"""`embed -o`: writes the embeddings and classes of many images to one file; resumable."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ._report import error, note
 def embed_to_file(options: Namespace) -> int:
     """Embed all images into `options.output`; returns the exit code.
 
-    Answers go to a journal beside the output first. An interrupted run leaves it there and the
-    same command goes on from it; the output itself appears whole or not at all.
+    Results first go to a journal next to the output. An interrupted run leaves the journal and the
+    same command resumes from it; the output itself is written atomically.
     """
     output, top_k = Path(options.output), options.top_k or 0
     _tables.check(output, classes=top_k > 0)
@@ -41,7 +41,7 @@ def embed_to_file(options: Namespace) -> int:
     with connect(options) as client:
         warn_if_untrained(client)
         model = _model(client, output)
-        if top_k > model.max_top_k:  # before the journal drops what another top_k left
+        if top_k > model.max_top_k:  # before the journal drops results of another top_k
             raise ConfigurationError(f"--top-k must be from 1 to {model.max_top_k}, not {top_k}")
         journal = Journal(output, describe(model), top_k)
         try:
@@ -68,8 +68,8 @@ def embed_to_file(options: Namespace) -> int:
 
 
 def _model(client: Client, output: Path) -> Model:
-    """The model whose answers an interrupted run has left, where the server has it; several may
-    answer behind one name."""
+    """The model of an interrupted run's results, if it is still served: several models may be
+    served behind one name."""
     version = str(described(left_model(output)).get("model_version", ""))
     if version:
         with contextlib.suppress(ModelChanged):
@@ -88,17 +88,17 @@ def _kept(journal: Journal, *, gone: bool) -> str:
 
 
 def _keep_other_images(output: Path, names: Sequence[str]) -> None:
-    """Raise ConfigurationError where `output` has images that a table of `names` would not have."""
+    """Raise ConfigurationError if `output` has images that are not among `names`."""
     try:
         if output.stat().st_size == 0:
             return
     except OSError:
-        return  # not there; or told when it is written
+        return  # does not exist; other errors are reported on writing
     try:
         held = _tables.read_images(output)
     except ConfigurationError as error:
         raise ConfigurationError(f"{error}; --overwrite replaces it") from None
-    # Standard input is not the same image twice.
+    # Standard input is another image each time.
     lost = sorted(set(held) - {escaped(name) for name in names if name != STDIN})
     if lost:
         raise ConfigurationError(
@@ -109,7 +109,7 @@ def _keep_other_images(output: Path, names: Sequence[str]) -> None:
 
 
 def describe(model: Model) -> str:
-    """Which model the numbers in a file are of."""
+    """The model of the numbers in a file, as JSON."""
     return json.dumps(
         {
             "name": model.name,
@@ -121,7 +121,7 @@ def describe(model: Model) -> str:
 
 
 def described(text: str) -> dict[str, Any]:
-    """What `describe` wrote; empty where it was something else."""
+    """Parse what `describe` wrote; empty if it is anything else."""
     try:
         told = json.loads(text)
     except ValueError:
@@ -132,10 +132,10 @@ def described(text: str) -> dict[str, Any]:
 def _embed_missing(
     client: Client, names: Sequence[str], journal: Journal, top_k: int, version: str
 ) -> set[str]:
-    """Fill the journal, with answers of one model; returns the names that failed.
+    """Fill the journal with results of one model; returns the names that failed.
 
     Raises:
-        ModelChanged: Another one has taken its place.
+        ModelChanged: The model was replaced during the run.
     """
     done = journal.done(names) - {STDIN}
     missing = [name for name in names if name not in done]
@@ -156,7 +156,7 @@ def _embed_missing(
     for item, name in zip(stream, missing, strict=True):
         if item.error is None:
             versions.add(item.model_version)
-            if len(versions) > 1:  # the first one's builder has given it no number to ask for
+            if len(versions) > 1:  # not raised by stream: the first model has no version
                 raise ModelChanged(f"{client.model().name}: another model is now served")
             journal.add(name, item.result if top_k else Analysis([], item.result))
         else:

@@ -24,7 +24,7 @@ from ._tables import add_array, write_safetensors
 
 Array = npt.NDArray[np.float32]
 
-# Of a picture's half; an image of one row of pixels would be millions wide.
+# Size of each half of a picture; without a limit, an image of one row would be millions wide.
 _HEIGHT, _MOST_WIDTH = 512, 2048
 
 
@@ -43,11 +43,11 @@ def features_to_file(options: Namespace) -> int:
     if options.picture:
         check_picture(Path(options.picture), names)
     with connect(options) as client:
-        # A pipe can be read only once, and the picture is to show what was sent.
+        # A pipe can be read only once, and the picture must show the image that was sent.
         source = Source(names[0])
         there = names[0] == STDIN or os.path.exists(names[0])  # noqa: PTH110
         neck = client.features(cast("BinaryIO", source) if there else names[0])["neck"]
-        model = client.model()  # afterwards: the one that has answered
+        model = client.model()  # afterwards: the one that produced the result
     if output is not None:
         metadata = {"image": escaped(names[0]), "model": describe(model)}
         with replacing(output) as temporary:
@@ -75,8 +75,8 @@ def _save(path: Path, suffix: str, neck: Array, metadata: dict[str, str]) -> Non
 
 
 def picture(photo: Image.Image, neck: Array, path: Path) -> None:
-    """Write `photo` and, to its right, what the model saw where: patches that are alike to the
-    model have the same colour."""
+    """Write `photo` and, to its right, its patches, coloured so that those with similar vectors
+    have similar colours."""
     scale = min(_HEIGHT / photo.height, _MOST_WIDTH / photo.width)
     size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
     colours = Image.fromarray(principal_colours(neck))
@@ -96,7 +96,7 @@ def principal_colours(neck: Array) -> npt.NDArray[np.uint8]:
     components = np.zeros((len(patches), 3), np.float32)
     found = min(3, len(directions))
     components[:, :found] = patches @ directions[:found].T
-    # The sign of a component is arbitrary. Choose one, so that the same map has the same colours.
+    # The sign of a component is arbitrary; fix it, so that the same map gets the same colours.
     components *= np.where(np.sum(components**3, axis=0) < 0, -1, 1)
     low, high = np.percentile(components, [2, 98], axis=0)
     scaled = np.clip((components - low) / np.maximum(high - low, 1e-6), 0, 1)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ._common import CannotWrite, reason
 
 
 def check_place(path: Path) -> None:
-    """Say now, rather than after an hour's work, that no file of the name `path` can be made.
+    """Check that a file can be created at `path`, before an hour's work rather than after.
 
     Raises:
-        ConfigurationError: No such folder, or a folder is in the way.
+        ConfigurationError: The folder does not exist, or `path` is a folder.
         CannotWrite: The folder is not writable.
     """
-    # Path's own methods raise for a name that is too long.
+    # os.path, because Path's methods raise for a name that is too long.
     if not os.path.isdir(path.parent):  # noqa: PTH112
         raise ConfigurationError(f"{shortened(path)}: no such folder {shortened(path.parent)}")
     if os.path.isdir(path):  # noqa: PTH112
@@ -35,10 +35,10 @@ def check_place(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` when all went well, and else vanishes.
+    """A temporary file that replaces `path` on success, and is removed otherwise.
 
     Raises:
-        CannotWrite: Any OSError, told of `path`.
+        CannotWrite: Any OSError; the message names `path`.
     """
     temporary = _beside(path)
     try:

@@ -1,4 +1,4 @@
-"""The images below a folder, and what is there besides."""
+"""Finds the images below a folder, and reports what was skipped."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _UNSUPPORTED = frozenset(
         *("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2"),  # cameras' raw data
     )
 )
-# Folders that no user filled: thumbnails, what was deleted, snapshots. Hidden ones are left out
-# anyway, with them .thumbnails and the ._* files of macOS.
+# Folders with files that no user put there: thumbnails, deleted files, snapshots. Hidden ones, such
+# as .thumbnails, and the ._* files of macOS are left out anyway.
 _LITTER = frozenset(
     (
         *("@eadir", "#recycle", "#snapshot"),  # Synology
@@ -42,29 +42,29 @@ _LITTER = frozenset(
 )
 _Identity = tuple[int, int]
 
-# So many suffixes of skipped files are told apart.
+# Maximum suffixes listed in the summary of skipped files.
 _TOLD = 6
 
 
 @dataclass
 class Found:
-    """What is below a folder."""
+    """The contents of a folder."""
 
     images: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
-    """What may be an image, or a folder with images, but cannot be read; and why."""
+    """Possible images and folders that cannot be read, each with the reason."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """How many other files there are, by suffix in small letters."""
+    """Number of other files, by lower-case suffix."""
     litter: Counter[str] = field(default_factory=Counter)
-    """How many folders were left out, by name."""
+    """Number of folders left out, by name."""
 
 
 def images_below(folder: str, exclude: Sequence[str]) -> Found:
-    """Look through `folder` and all its subfolders.
+    """Search `folder` and all its subfolders.
 
-    Links are followed. A folder that is reached in several ways is looked through once, under its
-    own name if it has one here. Hidden files and folders, known litter and what matches a pattern
-    of `exclude` (by its name, or by its path from `folder`) are left out.
+    Links are followed. A folder that is reached by several paths is searched once, under its real
+    path if that is below `folder`. Hidden files and folders, known litter and whatever matches a
+    pattern of `exclude` (by name, or by path relative to `folder`) are left out.
     """
     return _Walk(folder, exclude).run()
 
@@ -74,15 +74,15 @@ class _Walk:
         self._root = folder
         self._exclude = [pattern.rstrip("/") for pattern in exclude]
         self._found = Found()
-        self._folders = [""]  # yet to be looked through; these and all paths are from the root
-        self._links: list[tuple[str, _Identity]] = []  # to folders, yet to be followed
+        self._folders = [""]  # to be searched; all paths are relative to the root
+        self._links: list[tuple[str, _Identity]] = []  # links to folders, to be followed
         self._seen = set(_own_and_parents(folder))
 
     def run(self) -> Found:
         while self._folders or self._links:
             while self._folders:
                 self._look_through(self._folders.pop())
-            # Only now, so that a folder goes by its own name rather than a link's.
+            # Only now, so that a folder is listed under its real path rather than a link's.
             self._links.sort(reverse=True)
             if self._links:
                 self._enter(*self._links.pop())
@@ -167,7 +167,7 @@ def _identity(status: os.stat_result) -> _Identity:
 
 
 def _own_and_parents(folder: str) -> Iterator[_Identity]:
-    """A link to any of these leads around in a circle."""
+    """The folder and its parents: a link to any of them is a cycle."""
     real = Path(os.path.realpath(folder))
     for path in (real, *real.parents):
         with contextlib.suppress(OSError):
@@ -179,14 +179,14 @@ def _suffix(path: str) -> str:
 
 
 def _may_be_wanted(link: str) -> bool:
-    """Whether a dead link may have led to an image or to a folder, which has no suffix like a
-    file's."""
+    """Whether a dead link, by its suffix or lack of one, may have pointed to an image or a
+    folder."""
     suffix = _suffix(link)
     return suffix in SUFFIXES or not re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", suffix)
 
 
 def what_was_skipped(found: Found) -> str:
-    """The files and folders left out, in one line; "" if there are none."""
+    """The skipped files and folders as one line; "" if there are none."""
     parts = []
     images = [kind for kind in found.skipped if kind in _UNSUPPORTED]
     if images:

@@ -1,4 +1,4 @@
-"""`health`: does the server answer, and what does it serve?"""
+"""`health`: whether the server works, and what it serves."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ._report import error
 
 
 def health(options: Namespace) -> int:
-    """Print it; returns the exit code."""
+    """Print the result; returns the exit code."""
     with connect(options) as client:
         found = client.health(timeout=options.timeout or 5.0)
         model = None
         if found:
             try:
                 model = client.model()
-            except VitClientError as failure:  # answers, but is not ours
+            except VitClientError as failure:  # it responds, but serves other models
                 error(str(failure))
     if options.json:
         print(json.dumps({**asdict(found), "model": asdict(model) if model else None}))

@@ -1,4 +1,4 @@
-"""The images that a command line names."""
+"""The images named on the command line."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ._report import error, note
 
 STDIN = "-"
 
-_LIST_BYTES = 1 << 28  # of a list of names: some millions
+_LIST_BYTES = 1 << 28  # maximum size of a list of names: some millions
 
-# Never a pattern, whatever is in it: the client tells what to do instead.
+# Never a glob pattern, whatever it contains: the client reports what to do instead.
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
 def expand(options: Namespace) -> tuple[list[str], bool]:
-    """Names of all images asked for: a file as it is, the images below a folder, the matches of a
-    pattern, the names in a list; in order and each once. A file that does not exist stays, to be
-    reported like any other that cannot be read. All else that is wrong is reported here.
+    """Names of all requested images: files, the images below folders, the matches of patterns, and
+    the names in a list; in order, without duplicates. A file that does not exist is kept, to be
+    reported later like any other unreadable one. All other errors are reported here.
 
     Returns:
-        The names, and whether something was reported.
+        The names, and whether an error was reported.
 
     Raises:
-        NothingLeft: There is nothing to ask about; why has been reported.
+        NothingLeft: There are no images to process; the reason has been reported.
         ConfigurationError: The list of names cannot be used.
     """
     if STDIN in options.images and options.files_from == STDIN:
@@ -60,7 +60,7 @@ class _Asked:
         self.mistaken = False
 
     def add(self, argument: str, exclude: Sequence[str]) -> None:
-        exists = os.path.lexists(argument)  # Path's own way raises for a name that is too long
+        exists = os.path.lexists(argument)  # Path's method raises for a name that is too long
         if not argument:
             self._tell_mistake("''", "an empty name: is a variable of your shell unset?")
         elif os.path.isdir(argument):  # noqa: PTH112
@@ -96,13 +96,13 @@ class _Asked:
 
 
 def _goes_in_circles(path: str) -> bool:
-    """Whether a link on the way leads back to a folder on the way: `**` follows it 40 times."""
+    """Whether a link in the path points back to a folder in it: `**` follows it 40 times."""
     real = [os.path.realpath(folder) for folder in Path(path).parents]
     return len(set(real)) < len(real)
 
 
 def _listed(file: str, *, null: bool) -> list[str]:
-    """The names in `file`, one a line or ended by NUL."""
+    """The names in `file`, one per line or NUL-terminated."""
     shown = _shown(file)
     try:
         with _stdin("a list of names") if file == STDIN else Path(file).open("rb") as opened:
@@ -122,10 +122,10 @@ def _listed(file: str, *, null: bool) -> list[str]:
         raise ConfigurationError(f"{shown}: it has one name per line: leave out -0")
     if null:
         names = data.split(b"\0")
-    else:  # Windows has a mark at the beginning, and ends lines with \r\n
+    else:  # Windows: a byte-order mark, and lines that end with \r\n
         lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         names = [line.removesuffix(b"\r") for line in lines]
-    # "./-" is the file of this name; "-" would be standard input.
+    # In a list, "-" is a file of that name, so "./-"; "-" alone would be standard input.
     return [os.fsdecode(name) if name != b"-" else "./-" for name in names if name.strip()]
 
 
@@ -142,8 +142,8 @@ def _read_up_to(file: BinaryIO | FileIO, most: int) -> bytes:
 
 
 def image(name: str, *, kept: bool = False) -> ImageLike:
-    """What to give to the client for a name from `expand`; if `kept`, what can be read only once,
-    like a pipe, is a Source too."""
+    """The value to pass to the client for a name from `expand`. If `kept`, files that can be read
+    only once, like a pipe, are a Source too."""
     once = name == STDIN or (kept and _is_pipe(name))
     return cast("BinaryIO", Source(name)) if once else name
 
@@ -151,12 +151,12 @@ def image(name: str, *, kept: bool = False) -> ImageLike:
 def _is_pipe(name: str) -> bool:
     try:
         return stat.S_ISFIFO(Path(name).stat().st_mode)
-    except (OSError, ValueError):  # not there; or a NUL in the name
+    except (OSError, ValueError):  # it does not exist; or a NUL in the name
         return False
 
 
 class Source:
-    """Standard input or a file, for the client to read, that keeps what was read."""
+    """Standard input or a file, as a file object that keeps what the client reads."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -165,11 +165,11 @@ class Source:
 
     @property
     def data(self) -> bytes:
-        """What was read so far."""
+        """The bytes read so far."""
         return b"".join(self._parts)
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes. Opens the file, which may take for ever where that is a pipe."""
+        """Up to `size` bytes. Opens the file first, which may block forever for a pipe."""
         try:
             if self._file is None:
                 self._file = _stdin("an image") if self.name == STDIN else FileIO(self.name)
@@ -182,19 +182,19 @@ class Source:
         return part
 
     def tell(self) -> int:
-        """As if nothing had been read: there is no way back."""
+        """Always 0, because it cannot seek back."""
         return 0
 
 
 def _stdin(what: str) -> FileIO:
-    """Not sys.stdin's buffer: Python cannot end while a thread waits in there."""
+    """Standard input. Not sys.stdin.buffer: Python cannot exit while a thread blocks in it."""
     if sys.stdin.isatty():
         raise ConfigurationError(f"'-' reads {what} from standard input, which is a terminal")
     return FileIO(sys.stdin.fileno(), closefd=False)
 
 
 class Images(Iterable[ImageLike]):
-    """The images of a list of names, with a length for the progress bar."""
+    """The images for a list of names, with a length for the progress bar."""
 
     def __init__(self, names: Sequence[str], *, kept: bool = False) -> None:
         self._names = names

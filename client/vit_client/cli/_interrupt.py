@@ -1,4 +1,4 @@
-"""The first Ctrl-C ends the command in order (KeyboardInterrupt), the second at once."""
+"""The first Ctrl-C stops the command cleanly (KeyboardInterrupt), the second at once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ._common import INTERRUPTED
 
 
 def end_at_second() -> None:
-    """From now on a second Ctrl-C ends the process, whatever hangs: a stalled mount, or a thread
-    that Python waits for at its own end."""
+    """From now on a second Ctrl-C kills the process, whatever hangs: a stalled mount, or a thread
+    that Python joins at exit."""
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return  # it is not ours; or the shell has it ignored, as for a job in the background
-    # Python runs signal handlers in the main thread only, which may be what hangs; but it writes
-    # the number of each signal to a socket at once.
+        return  # another handler; or ignored by the shell, as for a background job
+    # Python runs signal handlers only in the main thread, which may hang; but it writes the number
+    # of each signal to the wakeup socket at once.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -27,12 +27,12 @@ def end_at_second() -> None:
 
 
 def _first(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGINT, lambda *_: None)  # the second is for the thread alone
+    signal.signal(signal.SIGINT, lambda *_: None)  # only the thread handles the second
     raise KeyboardInterrupt
 
 
 def _watch(reader: socket.socket, writer: socket.socket) -> None:
-    """`writer` is only kept: a socket closes when nothing refers to it."""
+    """Holds `writer` only to keep it open: an unreferenced socket is closed."""
     interrupts = 0
     while interrupts < 2:
         interrupts += reader.recv(16).count(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What an interrupted run leaves for the next one: an SQLite file beside the output."""
+"""The journal from which an interrupted run resumes: an SQLite file next to the output."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..types import Analysis, Prediction
 from ._common import CannotWrite
 from ._tables import Block
 
-# How much work a crash may cost.
+# Seconds between commits: how much work a crash may lose.
 _COMMIT_SECONDS = 1.0
 
 
 def left_model(output: Path) -> str:
-    """The model of what an interrupted run has left beside `output`; "" if there is nothing."""
+    """The model in the journal that an interrupted run left next to `output`; "" if none."""
     try:
         uri = f"{_path(output).absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, timeout=0, uri=True)) as db:
             (left,) = db.execute("SELECT model FROM model").fetchone() or ("",)
-    except sqlite3.Error:  # or it is damaged, or another run's, which is told when it is opened
+    except sqlite3.Error:  # no journal; a damaged or locked one is reported on opening
         return ""
     return _of_model(left)
 
@@ -41,26 +41,26 @@ def _of_model(asked: str) -> str:
 
 
 class Journal:
-    """Answers by image, as far as they are known.
+    """Results so far, by image.
 
-    An image counts as done while its file is the same as it was (size and time of change).
+    An image counts as done as long as its file is unchanged (size and modification time).
     """
 
     def __init__(self, output: Path, model: str, top_k: int) -> None:
-        """Open the journal of `output`, or begin one. What a run left that asked for another number
-        of classes is dropped.
+        """Open the journal of `output`, or create one. Results with another number of classes are
+        dropped.
 
         Raises:
-            ConfigurationError: It is of another model, another run has it open, or it is damaged.
-            CannotWrite: No permission, or the disk is full; here and in the other methods.
+            ConfigurationError: It is of another model, in use by another run, or damaged.
+            CannotWrite: No permission, or the disk is full; also raised by the other methods.
         """
         self.path = _path(output)
         self._last_commit = time.monotonic()
-        # Never what a version without classes wrote here: its rows have other columns.
+        # Differs from what versions without classes wrote: their rows have other columns.
         asked = f"{model}, top_k {top_k}"
         with self._errors_told():
             self._db = sqlite3.connect(self.path, timeout=0)
-            # Holds the file until it is closed, so that two runs cannot mix.
+            # Locks the file until it is closed, so that two runs cannot mix.
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("CREATE TABLE IF NOT EXISTS model (model TEXT)")
             for (left,) in self._db.execute("SELECT model FROM model").fetchall():
@@ -76,7 +76,7 @@ class Journal:
             self._db.commit()
 
     def _refuse_another(self, left: str, model: str) -> None:
-        """Raise ConfigurationError where there are answers of the model `left`, not of `model`."""
+        """Raise ConfigurationError if the results are of the model `left`, not of `model`."""
         if left == model:
             return
         (images,) = self._db.execute("SELECT COUNT(*) FROM rows").fetchone()
@@ -90,13 +90,13 @@ class Journal:
             )
 
     def done(self, names: Sequence[str]) -> set[str]:
-        """Which of `names` need not be asked again."""
+        """Those of `names` that need not be processed again."""
         with self._errors_told():
             stamps = dict(self._db.execute("SELECT image, stamp FROM rows"))
         return {name for name in names if stamps.get(os.fsencode(name)) == _stamp(name)}
 
     def add(self, name: str, answer: Analysis) -> None:
-        """Remember one answer; it has no predictions where none are asked for."""
+        """Store one result; it has no predictions if none are requested."""
         guesses = [(guess.label, guess.index, guess.score) for guess in answer.predictions]
         vector = answer.embedding.tobytes()
         row = (os.fsencode(name), _stamp(name), vector, json.dumps(guesses))
@@ -108,7 +108,7 @@ class Journal:
                 self._last_commit = now
 
     def blocks(self, names: Sequence[str], size: int) -> Iterator[Block]:
-        """The answers to `names`, `size` rows at a time."""
+        """The results for `names`, `size` rows at a time."""
         select = "SELECT embedding, predictions FROM rows WHERE image = ?"
         for start in range(0, len(names), size):
             keys = [(os.fsencode(name),) for name in names[start : start + size]]
@@ -121,14 +121,14 @@ class Journal:
             )
 
     def close(self) -> None:
-        """Keep what there is for the next run, as far as the disk has room for it."""
+        """Commit for the next run, as far as the disk has room."""
         with contextlib.suppress(sqlite3.Error):
             self._db.commit()
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
 
     def delete(self) -> None:
-        """The output is written: nothing is left to resume."""
+        """Delete the journal, once the output is written."""
         self._db.close()
         self.path.unlink(missing_ok=True)
 
@@ -150,5 +150,5 @@ def _stamp(name: str) -> str:
     try:
         status = Path(name).stat()
     except OSError:
-        return ""  # standard input, or gone meanwhile
+        return ""  # standard input, or deleted meanwhile
     return f"{status.st_size} {status.st_mtime_ns}"

@@ -78,18 +78,18 @@ exit codes:
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=98)
-        # Wide enough for the longest command; argparse forgets that commands are indented.
+        # Wide enough for the longest command: argparse ignores the indentation of commands.
         self._action_max_length = 18
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """As argparse's, which would print names of any length."""
+        """Like argparse's, but with long names shortened."""
         super().error(shortened(message, 400))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a command line; exits with code 2 where it makes no sense."""
+    """The options of a command line; exits with code 2 if it is invalid."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     top = parser()
     for argument in takewhile(lambda each: each != "--", given):
@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _does_not_fit(options: argparse.Namespace) -> str:
-    """What argparse does not see; "" if all is well."""
+    """An error that argparse does not detect; "" if there is none."""
     given = vars(options)
     if "images" in given and not options.images and not options.files_from:
         return "the following arguments are required: IMAGE (or --files-from FILE)"
@@ -121,7 +121,7 @@ def _does_not_fit(options: argparse.Namespace) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """All of the command line."""
+    """The parser of the whole command line."""
     top = _Parser(
         "vit-client",
         description=_DESCRIPTION,

@@ -1,4 +1,4 @@
-"""Images to look at, and files of pictures: what `--picture` and `--sheet` share."""
+"""Decoding images and writing pictures, shared by `--picture` and `--sheet`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ..errors import ConfigurationError, shortened
 from ._files import check_place, replacing
 from ._inputs import STDIN
 
-# What the server opens (FORMATS in its preprocess/1/decode.py). For others Pillow may start
-# programs, such as Ghostscript.
+# The formats that the server opens (FORMATS in its preprocess/1/decode.py). For others Pillow may
+# start programs, such as Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 def decoded(file: str | BinaryIO, side: int = 0) -> Image.Image:
-    """The pixels as the model sees them: RGB without transparency, not turned as EXIF has it.
+    """The pixels as the model sees them: RGB, alpha dropped, EXIF orientation ignored.
 
     Args:
-        side: If given, a JPEG may come smaller, with a longest side of no less than twice that.
+        side: If given, a JPEG may be decoded smaller; its longest side stays at least 2 × `side`.
 
     Raises:
-        Exception: Nearly any, from Pillow.
+        Exception: Pillow raises nearly any.
     """
     Image.init()
     Image.MAX_IMAGE_PIXELS = None  # the server has a limit of its own
     formats = [name for name in Image.ID if name in _FORMATS]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of transparency that is dropped, of odd metadata
+        warnings.simplefilter("ignore")  # about dropped transparency and odd metadata
         with Image.open(file, formats=formats) as photo:
             if side:
                 longest = max(photo.size)
@@ -44,12 +44,12 @@ def decoded(file: str | BinaryIO, side: int = 0) -> Image.Image:
 
 
 def check_picture(path: Path, names: Sequence[str], hint: str = "choose another name") -> None:
-    """As `check_place`; and a suffix that Pillow cannot write, or a picture that would take the
-    place of one of the images `names`, is a ConfigurationError, the latter with a `hint`."""
+    """Like `check_place`; also raises ConfigurationError for a suffix that Pillow cannot write,
+    and, with a `hint`, for a picture that would overwrite one of the images `names`."""
     check_place(path)
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), _format(path))
-    except Exception:  # no such format, or not in colour, or Pillow has no code for it
+    except Exception:  # no such format, not in colour, or not in this Pillow
         text = f"{shortened(path)}: cannot write pictures of this kind; try .png"
         raise ConfigurationError(text) from None
     if not os.path.exists(path):  # noqa: PTH110
@@ -61,7 +61,7 @@ def check_picture(path: Path, names: Sequence[str], hint: str = "choose another 
 
 
 def write_picture(image: Image.Image, path: Path) -> None:
-    """Write `image` in the format that the suffix names, whole or not at all."""
+    """Write `image` atomically, in the format of the suffix."""
     with replacing(path) as temporary:
         image.save(temporary, _format(path))
 

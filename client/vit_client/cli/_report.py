@@ -1,4 +1,4 @@
-"""What goes to standard error."""
+"""Messages on standard error."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import TextIO
 
 
 def drop(stream: TextIO) -> None:
-    """Forget what could not be written: Python tries again at exit, and fails for it."""
+    """Discard unwritten output, which Python would otherwise flush, and fail on, at exit."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def note(message: str) -> None:
-    """Something to know."""
-    # On a terminal, over the progress bar, which then draws itself anew below.
+    """Report something worth knowing."""
+    # On a terminal, overwrite the progress bar, which redraws itself below.
     clear = "\r\033[K" if sys.stderr.isatty() else ""
     try:
         print(f"{clear}vit-client: {message}", file=sys.stderr, flush=True)
-    except OSError:  # a full disk, or nobody reads it: the answers still count
+    except OSError:  # a full disk or a closed pipe: the results still count
         drop(sys.stderr)
 
 
 def error(message: str) -> None:
-    """Something failed."""
+    """Report a failure."""
     note(message)
 
 
 def warning(message: str) -> None:
-    """Something is not as it should be, but the answer stands."""
+    """Report a problem that does not affect the result."""
     note(f"warning: {message}")
 
 
 class Warnings(logging.Handler):
-    """What the SDK warns of, as the command's own warnings."""
+    """Reports the SDK's warnings as the command's own."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning(record.getMessage())

@@ -1,4 +1,4 @@
-"""`--sheet`: images and what was answered about them, as one picture."""
+"""`--sheet`: images and their results as one picture."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from ._pictures import decoded, write_picture
 from ._report import note
 
 CELLS = 300
-"""In one sheet, at most; a picture of more has too many pixels for some formats and viewers."""
+"""Maximum per sheet; with more, it has too many pixels for some formats and viewers."""
 
 TILE, GAP = 192, 16
-"""Pixels of a thumbnail's square, and around it."""
+"""Side of a thumbnail's square and the gap around it, in pixels."""
 
 _COLUMNS = 10
 _LINE, _PADDING = 17, 10
 _BACKGROUND, _TEXT, _FAINT, _PROBLEM, _MARK = "#f1f1f1", "#111111", "#666666", "#a02020", "#0b57d0"
 
-# Pillow's own font has no letter beyond ASCII. Linux has the first, Windows and macOS the others.
+# Pillow's built-in font is ASCII only. The first is on Linux, the others on Windows and macOS.
 _FONTS = ("DejaVuSans.ttf", "arial.ttf", "Arial.ttf")
 
 Caption = tuple[str, str]
-"""A line under a thumbnail: what stands to the left, and what to the right."""
+"""A line under a thumbnail: its left and its right text."""
 
 
 class Sheet:
-    """A grid of thumbnails on white, with captions; drawn as the answers come."""
+    """A grid of thumbnails on white, with captions; drawn as results arrive."""
 
     def __init__(self, path: Path, names: Sequence[str], lines: int) -> None:
         """
         Args:
             path: The file to write.
-            names: Of all images that will be added; those beyond `CELLS` are left out, which is
-                told.
-            lines: The captions of an image, at most.
+            names: Names of all images that will be added; those beyond `CELLS` are left out, with
+                a note.
+            lines: Maximum captions per image.
         """
         self._path = path
         self._left = min(len(names), CELLS)
         if len(names) > CELLS:
             note(f"the first {CELLS} of {len(names)} images are in the sheet")
         self._folder = _common_folder(names[:CELLS])
-        # As wide as a screen, and the last row about as full as the others.
+        # Roughly the shape of a screen, with the last row about as full as the others.
         columns = min(_COLUMNS, max(5, math.ceil(math.sqrt(2.4 * self._left))))
         rows = math.ceil(self._left / columns)
         columns = math.ceil(self._left / rows)
@@ -77,10 +77,10 @@ class Sheet:
         """Draw the next cell.
 
         Args:
-            image: A path, or what was read.
-            captions: The answer.
-            problem: Why there is none; the image is not looked at then.
-            marked: Whether the cell is to stand out.
+            image: A path, or a Source that was read.
+            captions: The result.
+            problem: Why there is no result; the image is then not read.
+            marked: Whether to highlight the cell.
         """
         if not self._left:
             return
@@ -95,7 +95,7 @@ class Sheet:
                 small = thumbnail(image)
                 middle = (x + (TILE - small.width) // 2, y + (TILE - small.height) // 2)
                 self._picture.paste(small, middle)
-            except UnidentifiedImageError:  # its words are of an object in memory
+            except UnidentifiedImageError:  # its message names an object in memory
                 problem = "no picture: Pillow cannot read it here"
             except OSError as failure:
                 problem = f"no picture: {reason(failure)}"
@@ -111,7 +111,7 @@ class Sheet:
         self._draw.text((x, y), title, _FAINT, self._font)
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         write_picture(self._picture, self._path)
 
     def _title(self, image: str | Source) -> str:
@@ -128,7 +128,7 @@ class Sheet:
         self._draw.text((x, y), self._cut(left, room, _end_cut), colour, self._font)
 
     def _tell(self, text: str, x: int, y: int) -> None:
-        """Write `text` in a tile, on as many lines as it takes or has room for."""
+        """Draw `text` in a tile, wrapped to as many lines as fit."""
         width, most = TILE - 2 * _PADDING, (TILE - 2 * _PADDING) // _LINE
         lines = [""]
         for word in self._known(text).split():
@@ -152,7 +152,7 @@ class Sheet:
         return cut(text, max(0, bisect_left(range(len(text)), True, key=too_wide) - 1))
 
     def _known(self, text: str) -> str:
-        """`text` on one line, in letters that do not make the font raise an error."""
+        """`text` on one line, without characters for which the font raises an error."""
         text = shortened(text)
         if isinstance(self._font, ImageFont.ImageFont):
             return text.replace("…", "...").encode("latin-1", "replace").decode("latin-1")
@@ -160,21 +160,21 @@ class Sheet:
 
 
 def thumbnail(image: str | Source) -> Image.Image:
-    """The whole image as large as fits into a tile, in the pixels that the model sees.
+    """The image scaled to fit a tile, with the pixels that the model sees.
 
     Raises:
-        Exception: Nearly any, from Pillow.
+        Exception: Pillow raises nearly any.
     """
     if isinstance(image, Source):
         photo = decoded(io.BytesIO(image.data), TILE)
-    elif image == STDIN:  # in a file of embeddings
+    elif image == STDIN:  # named in a file of embeddings
         raise FileNotFoundError("it came from standard input")
-    elif not os.path.isfile(image):  # noqa: PTH113  # Path's own way raises for some names
+    elif not os.path.isfile(image):  # noqa: PTH113  # Path's method raises for some names
         raise FileNotFoundError("no such file")
     else:
         photo = decoded(image, TILE)
     scale = TILE / max(photo.size)
-    if scale >= 2:  # pixels as squares, all of one size
+    if scale >= 2:  # show pixels as squares of equal size
         scale, way = int(scale), Image.Resampling.NEAREST
     else:
         way = Image.Resampling.BICUBIC
@@ -183,10 +183,10 @@ def thumbnail(image: str | Source) -> Image.Image:
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    """The folder that all are below; "" if there is none to leave out."""
+    """The folder that contains all files; "" if there is none."""
     try:
         return os.path.commonpath([os.path.dirname(name) for name in names if name != STDIN])  # noqa: PTH120
-    except ValueError:  # no name at all, or some from / and some from here
+    except ValueError:  # no names, or absolute and relative ones
         return ""
 
 
@@ -205,6 +205,6 @@ def _end_cut(text: str, kept: int) -> str:
 
 
 def _middle_cut(text: str, kept: int) -> str:
-    """More of the end, which has the number of a photo and the suffix."""
+    """Shorten in the middle, keeping more of the end: the number of a photo, and the suffix."""
     start = kept // 3
     return f"{text[:start]}...{text[len(text) - kept + start :]}"

@@ -1,4 +1,4 @@
-"""Answers as text, JSON lines and CSV."""
+"""Results as text, JSON lines and CSV."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Array = npt.NDArray[np.float32]
 
 
 class Show(Protocol):
-    """Writes one answer to standard output."""
+    """Writes one result to standard output."""
 
     def __call__(self, name: str, result: Any) -> None: ...
 
 
 def as_text(task: str) -> Show:
-    """For people."""
+    """Readable text."""
     describe: dict[str, Callable[[str, Any], str]] = {
         "classify": _classify_text,
         "probabilities": _probabilities_text,
@@ -37,7 +37,7 @@ def as_text(task: str) -> Show:
 
 
 def as_json(task: str, version: str) -> Show:
-    """One JSON object a line, for programs; each tells the model's version."""
+    """One JSON object per line, each with the model's version."""
 
     def show(name: str, result: Any) -> None:
         fields = _json_fields(task, result)
@@ -47,12 +47,12 @@ def as_json(task: str, version: str) -> Show:
 
 
 def print_json(fields: dict[str, Any]) -> None:
-    """Print one line, in letters as far as standard output has them all."""
+    """Print one line; escaped to ASCII unless standard output can encode all characters."""
     print(json.dumps(fields, ensure_ascii=sys.stdout.encoding != "utf-8"))
 
 
 def as_csv(task: str) -> Show:
-    """A table with a header, for spreadsheets. `classify` has a row for each guess."""
+    """A table with a header. `classify` has a row per prediction."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     headed = False
 
@@ -87,7 +87,7 @@ def _json_fields(task: str, result: Any) -> dict[str, Any]:
 
 
 def _numbers(array: Array) -> list[Any]:
-    """As float32 prints: 0.1, where the nearest Python float would be 0.10000000149011612."""
+    """Numbers as float32 prints them: 0.1, not 0.10000000149011612."""
     numbers: list[Any] = array.astype(str).astype(float).tolist()
     return numbers
 

@@ -1,4 +1,4 @@
-"""`similar`: the images in a file of embeddings that are most like a query image."""
+"""`similar`: the images in a file of embeddings that are most similar to a query image."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def similar(options: Namespace) -> int:
 
 
 def _embed(client: Client, options: Namespace, asked: ImageLike, model: str) -> Array:
-    """The query's embedding, by the model that those of the file are of.
+    """The query's embedding, by the model that produced those of the file.
 
     Raises:
-        ConfigurationError: The server has another one.
+        ConfigurationError: The server has another model.
     """
     told = described(model)
     version = str(told.get("model_version", ""))
@@ -66,7 +66,7 @@ def _embed(client: Client, options: Namespace, asked: ImageLike, model: str) -> 
     except ModelChanged:
         same = False
     else:
-        # An older vit-client has written no version, somebody else perhaps nothing at all.
+        # Older releases of vit-client wrote no version; other programs may write no model at all.
         same = bool(version) or not model or told == _older(describe(client.model()))
     if not same:
         raise ConfigurationError(
@@ -82,7 +82,7 @@ def _older(model: str) -> dict[str, Any]:
 
 
 def best(query: Array, embeddings: Array, number: int) -> list[tuple[int, float]]:
-    """Row and cosine of the `number` embeddings [N, D] that are nearest to `query` [D]."""
+    """Row and cosine similarity of the `number` embeddings [N, D] nearest to `query` [D]."""
     lengths = np.linalg.norm(embeddings, axis=1) * np.linalg.norm(query)
     cosines = embeddings @ query / np.maximum(lengths, 1e-12)
     rows = np.argsort(-cosines, kind="stable")[:number]

@@ -1,4 +1,4 @@
-"""Standard input, output and error, as the command needs them."""
+"""Setup and errors of standard input, output and error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._report import drop
 
 
 class Enough(Exception):
-    """Whoever reads standard output has seen enough, like `| head`."""
+    """The reader of standard output has closed the pipe, like `| head`."""
 
 
 class CannotPrint(CannotWrite):
@@ -20,32 +20,32 @@ class CannotPrint(CannotWrite):
 
 
 class Output(io.TextIOBase):
-    """Standard output, whose errors are told apart from those of files."""
+    """Standard output, with errors that are distinct from those of files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As of any stream."""
+        """See io.TextIOBase."""
         try:
             return self._stream.write(text)
         except OSError as error:
             raise self._told(error) from None
 
     def flush(self) -> None:
-        """As of any stream."""
+        """See io.TextIOBase."""
         try:
             self._stream.flush()
         except OSError as error:
             raise self._told(error) from None
 
     def isatty(self) -> bool:
-        """As of any stream."""
+        """See io.TextIOBase."""
         return self._stream.isatty()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # a plain attribute there
-        """As of any stream."""
+        """See io.TextIOBase."""
         return self._stream.encoding
 
     def _told(self, error: OSError) -> Exception:
@@ -56,7 +56,7 @@ class Output(io.TextIOBase):
 
 
 def prepare() -> None:
-    """No name is unprintable, and a stream that is closed is as good as /dev/null."""
+    """Make every file name printable, and replace closed streams by /dev/null."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
     if sys.stdout is None:

@@ -23,7 +23,7 @@ from ._files import check_place, replacing
 
 Array = npt.NDArray[np.float32]
 
-# Whatever does not fit in memory twice is written a block at a time.
+# Rows per block: embeddings are written in blocks, because they may not fit in memory.
 BLOCK = 4096
 
 _FORMAT: Any = np.lib.format  # some versions of numpy have no types for it
@@ -35,28 +35,28 @@ class Block(NamedTuple):
     embeddings: Array
     """[n, width]."""
     predictions: list[list[Prediction]]
-    """The best classes of each, best first; none if the table has none."""
+    """The best classes of each row, best first; empty if the table has none."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Embeddings to be written."""
+    """A table of embeddings to write."""
 
     images: Sequence[str]
-    """Names, one a row."""
+    """One name per row."""
     width: int
-    """Numbers in a row."""
+    """Embedding size, in numbers."""
     top_k: int
-    """Classes in a row; 0 for a table without."""
+    """Classes per row; 0 for a table without."""
     blocks: Callable[[], Iterable[Block]]
-    """All rows, some at a time; may be called again."""
+    """All rows, in blocks; may be called more than once."""
     model: str
-    """The model that they are of, as JSON."""
+    """The model that produced them, as JSON."""
 
 
 def check(path: Path, *, classes: bool) -> None:
-    """As `check_place`; and an unknown format, one that cannot hold classes where there are to be
-    `classes`, or one whose package is not installed, is a ConfigurationError."""
+    """Like `check_place`; also raises ConfigurationError for an unknown format, for one that cannot
+    hold `classes` if they are wanted, and for one whose package is not installed."""
     if path.suffix not in _FORMATS:
         raise ConfigurationError(f"{shortened(path)}: the name must end in {', '.join(_FORMATS)}")
     if classes and path.suffix == ".safetensors":
@@ -70,7 +70,7 @@ def check(path: Path, *, classes: bool) -> None:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write `table` in the format that the suffix names."""
+    """Write `table` in the format of the suffix."""
     with replacing(path) as temporary:
         _FORMATS[path.suffix].write(temporary, table)
 
@@ -79,18 +79,18 @@ def read(path: Path) -> tuple[list[str], Array, str]:
     """Images, embeddings float32 [N, D] and model of a file that `write` wrote.
 
     Raises:
-        ConfigurationError: No such file, or it is another kind of file.
+        ConfigurationError: The file does not exist, or has another format.
     """
     with _errors_told(path):
         images, embeddings, model = _FORMATS[path.suffix].read(path)
         if embeddings.ndim != 2 or len(images) != len(embeddings):
             raise ValueError(f"{len(images)} names for {list(embeddings.shape)} numbers")
-        # Somebody else's file may have numbers for names.
+        # A file of another program may have numbers as names.
         return list(map(str, images)), embeddings.astype(np.float32, copy=False), model
 
 
 def read_images(path: Path) -> list[str]:
-    """The images alone, in little time and memory; raises as `read` does."""
+    """The images only, in little time and memory; raises like `read`."""
     with _errors_told(path):
         return _FORMATS[path.suffix].read_images(path)
 
@@ -117,7 +117,7 @@ def write_safetensors(
     blocks: Iterable[Array],
     metadata: dict[str, str],
 ) -> None:
-    """One float32 tensor. The format is a header of JSON and the numbers."""
+    """One float32 tensor. The format is a JSON header followed by the numbers."""
     size = 4 * int(np.prod(shape, dtype=np.int64))
     tensor = {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}
     header = json.dumps({"__metadata__": metadata, name: tensor}).encode()
@@ -169,8 +169,8 @@ def _write_npz(path: Path, table: Table) -> None:
 
 
 def _add_classes(archive: zipfile.ZipFile, table: Table) -> None:
-    """labels, indices and scores, each [N, top_k]. An array's texts are all as long as its
-    longest, which has to be known first."""
+    """labels, indices and scores, each [N, top_k]. numpy pads strings to the longest one, so its
+    length has to be known first."""
     shape = (len(table.images), table.top_k)
     longest = max(
         len(guess.label)
@@ -206,7 +206,7 @@ def _add_blocks(
 
 
 def add_array(archive: zipfile.ZipFile, name: str, array: npt.NDArray[Any]) -> None:
-    """Write one member of a .npz file. `np.savez` leaves its archive open on a full disk."""
+    """Write one member of a .npz file. Not `np.savez`: on a full disk it leaves the file open."""
     file: IO[bytes]
     with archive.open(name, "w", force_zip64=True) as file:
         _FORMAT.write_array(file, array, allow_pickle=False)
