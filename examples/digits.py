@@ -1,9 +1,9 @@
-"""From training to serving: a small ViT learns handwritten digits, and a server answers with it.
+"""From training to serving: train a small ViT on handwritten digits, then serve it.
 
-    python examples/digits.py    # half a minute; then look at demo.png
+    python examples/digits.py    # half a minute; then open demo.png
 
-Train, save as birder does, build, serve, ask: copy from here for a network of your own. The files
-go into `digits/`, and what is there already is not made again.
+Train, save as birder does, build, serve, classify: a template for a network of your own. The files
+go into `digits/`; existing ones are reused.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def normalised(images: np.ndarray) -> torch.Tensor:
-    """float32 [N, 3, 32, 32], as the server normalises."""
+    """float32 [N, 3, 32, 32], normalised like the server does."""
     x = (torch.from_numpy(images) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     return x.permute(0, 3, 1, 2)
 
@@ -69,7 +69,7 @@ def train(images: np.ndarray, classes: np.ndarray, epochs: int = 15) -> ViT:
 
 
 def save(network: ViT, path: Path) -> None:
-    """Write a checkpoint as birder does: weights, labels and colour statistics, all in one file."""
+    """Write a checkpoint as birder does: weights, labels and colour statistics in one file."""
     labels = [f"digit {i}" for i in range(10)]
     state = network.state_dict()
     checkpoint = vit_builder.Checkpoint("digits", CONFIG, state, labels, MEAN, STD, trained=True)
@@ -78,7 +78,7 @@ def save(network: ViT, path: Path) -> None:
 
 @contextlib.contextmanager
 def serving(models: Path) -> Iterator[str]:
-    """Start vit-server on free ports and stop it at the end; the gRPC address."""
+    """Start vit-server on free ports, yield its gRPC address, and stop it at the end."""
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     command = [BIN / "vit-server", "--model-repository", models, *ports]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -91,7 +91,7 @@ def serving(models: Path) -> Iterator[str]:
                 if line.startswith("Ready"):
                     break
             else:
-                sys.exit(server.wait())  # it has said why
+                sys.exit(server.wait())  # it has printed why
             yield address
         finally:
             server.terminate()
@@ -100,7 +100,7 @@ def serving(models: Path) -> Iterator[str]:
 
 
 def show(images: np.ndarray, address: str) -> None:
-    """Draw the images with the server's answers, by the command line."""
+    """Draw the images with the server's predictions, using the command line."""
     files = [FOLDER / f"{number:02}.png" for number in range(len(images))]
     for image, file in zip(images, files, strict=True):
         Image.fromarray(image).save(file)

@@ -1,9 +1,9 @@
-"""Find photos that are nearly the same.
+"""Find near-duplicate photos.
 
     python duplicates.py photos/ 0.95
 
-Embeds every image below a folder in one pass, in bounded memory but for the embeddings
-themselves, and prints the pairs whose cosine is above a threshold.
+Embeds every image below a folder in one pass, in bounded memory except for the embeddings
+themselves, and prints the pairs whose cosine similarity is above a threshold.
 """
 
 import sys
@@ -16,7 +16,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def main(folder: str, threshold: str = "0.95") -> None:
-    """Print the pairs, most alike first."""
+    """Print the pairs, most similar first."""
     paths = (path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in SUFFIXES)
     names, rows = [], []
     with Client() as client:

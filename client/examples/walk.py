@@ -21,7 +21,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "photos")
 photos = sorted(folder.glob("*.jpg"))
 print(len(photos), "photos")
 
-# %% What is it? One photo, its best three classes.
+# %% Classify: the three most likely classes of one photo.
 for guess in client.classify(photos[0], top_k=3):
     print(f"{guess.score:6.1%}  {guess.label}")
 
@@ -31,12 +31,12 @@ with Image.open(photos[0]) as photo:
 print(client.classify(half, top_k=1))
 print(client.classify(np.asarray(half.convert("RGB")), top_k=1))
 
-# %% What is it like? A vector each; the cosine of two says how alike the photos are.
+# %% Embed: a vector per photo; the cosine of two vectors is the similarity of the photos.
 embeddings = client.embed(photos)
 embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
 print(np.round(embeddings @ embeddings.T, 2))
 
-# %% Where is what? A vector for each patch; which patches are like the one in the middle?
+# %% Feature map: a vector per patch. Which patches are similar to the one in the middle?
 neck = client.features(photos[0])["neck"]
 depth, rows, columns = neck.shape
 patches = neck.reshape(depth, -1).T
@@ -45,7 +45,7 @@ alike = patches @ patches[(rows // 2) * columns + columns // 2]
 for row in alike.reshape(rows, columns):
     print("".join(" .:-=+*#%@"[int(9 * max(0, value))] for value in row))
 
-# %% More than fits in memory: any iterable, answered in order. Broken files are skipped here.
+# %% More images than fit in memory: any iterable, in order. Broken files are skipped here.
 for item in client.stream(folder.rglob("*.jpg"), task="classify", top_k=1, on_error="skip"):
     print(item.image.name, item.result[0].label)
 

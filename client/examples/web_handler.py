@@ -4,8 +4,8 @@
     curl --data-binary @cat.jpg http://127.0.0.1:8080/
 
 One AsyncClient serves all requests: many are in flight at once, and the server batches them. Each
-error of the client becomes the HTTP status that fits. The HTTP part here is the least that runs
-with nothing installed; `classify` is what you would take over into aiohttp or FastAPI.
+error of the client is mapped to an HTTP status. The HTTP part is a minimum without dependencies;
+`classify` is the part to reuse with aiohttp or FastAPI.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
-"""What the client costs: images a second, and its own processor time for each image.
+"""Measure the client: images per second, and its own CPU time per image.
 
     python client/tools/benchmark.py [URL]
 
-Against a server whose model costs next to nothing this measures the client; against a real one it
-shows how little that matters. Processor time is that of this process, gRPC's threads included.
+With a server whose model costs next to nothing this measures the client; with a real one it shows
+how little the client adds. CPU time is that of this process, including gRPC's threads.
 """
 
 import io
@@ -58,13 +58,13 @@ def main(url: str | None = None) -> None:
 
 
 def drain(client: Client, images: Any, task: Any) -> None:
-    """Take all items of a stream."""
+    """Consume a stream."""
     for _ in client.stream(images, task=task):
         pass
 
 
 def each(client: Client, images: list[bytes]) -> None:
-    """One call for each image."""
+    """One call per image."""
     for image in images:
         client.embed(image)
 

@@ -4,9 +4,9 @@
 
 protoc's own Python modules register their messages for the whole process, under names that
 tritonclient and KServe's package use as well: a program with two of them does not start if their
-versions differ. They also want a protobuf no older than protoc. So the SDK ships the compiled
-definition as bytes, and _protocol.py makes messages of it that nobody else sees. A test fails when
-the file is not up to date.
+versions differ. They also require a protobuf no older than protoc. So the SDK ships the compiled
+definition as bytes, and _protocol.py creates private message classes from it. A test fails if the
+file is not up to date.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ FILE_DESCRIPTOR = (
 
 
 def generated() -> str:
-    """What _inference.py should be. Needs grpcio-tools, for its protoc."""
+    """The source of _inference.py. Needs grpcio-tools, for its protoc."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "descriptors")
         command = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={PACKAGE}"]

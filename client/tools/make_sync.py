@@ -3,8 +3,8 @@
     python client/tools/make_sync.py
 
 `Client` has the methods of `AsyncClient` without `async`: same names, parameters, types and
-docstrings, each forwarding to an AsyncClient on a background thread. Copying all that by hand is
-how sync and async clients drift apart. A test fails when the file is not up to date.
+docstrings, each forwarding to an AsyncClient on a background thread. Maintained
+by hand, the two clients would drift apart. A test fails if the file is not up to date.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def generate() -> str:
 
 
 def _types(tree: ast.Module) -> ast.ImportFrom:
-    """`from .types import …`, of which both clients need the same."""
+    """`from .types import …`, which is the same for both clients."""
     imports = (node for node in tree.body if isinstance(node, ast.ImportFrom))
     return next(node for node in imports if node.level == 1 and node.module == "types")
 
 
 def _method(node: ast.stmt) -> ast.FunctionDef | None:
-    """The sync twin of one method, or None for what is not public."""
+    """The sync version of a public method; None for anything else."""
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return None
     name = {"__aenter__": "__enter__", "__aexit__": "__exit__"}.get(node.name, node.name)
