@@ -1,4 +1,4 @@
-"""The yardsticks: what this machine can do at best, and what other servers make of it."""
+"""Benchmarks: this machine's limits, our server, and other servers for comparison."""
 
 import json
 import subprocess
@@ -9,11 +9,11 @@ from typing import Any
 
 
 class ScriptError(Exception):
-    """A part of the comparison failed; why, it has said on standard error."""
+    """A benchmark script failed; it reported the reason on standard error."""
 
 
 def figures(python: Path, script: Path, *arguments: object) -> dict[str, Any]:
-    """What a script prints last, run by the Python of the environment with the peers."""
+    """Run a script with the peers' Python; return its last line of output, parsed from JSON."""
     command = [str(python), str(script), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=900)
     if done.returncode != 0:
@@ -23,5 +23,5 @@ def figures(python: Path, script: Path, *arguments: object) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Progress, for the person who waits."""
+    """Report progress."""
     print(f"{datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""All yardsticks in one run, in turns, so that a machine's good and bad minutes hit all alike."""
+"""All benchmarks in one run, interleaved, so that variations of the machine affect all alike."""
 
 import argparse
 import contextlib
@@ -32,13 +32,13 @@ class Peer:
     """Another server, running."""
 
     url: str
-    form: str  # of a request's body: "json" or "raw"
+    form: str  # format of a request's body: "json" or "raw"
     process: subprocess.Popen[bytes]
 
 
 @dataclass
 class Bench:
-    """What is measured with what."""
+    """Settings of the benchmarks."""
 
     python: Path  # of the virtual environment with the peers
     repository: Path
@@ -48,12 +48,12 @@ class Bench:
     binary: Path = field(default_factory=perf_analyzer.install)
 
     def alone(self, what: str) -> dict[str, float]:
-        """Figures of alone.py, in as much time as a load takes."""
+        """Run alone.py for as long as a load takes; return its figures."""
         seconds = WINDOWS * self.seconds
         return self._run("alone.py", what, self.repository, inputs.PHOTOS, seconds)
 
     def peer(self, peer: Peer, how: str, value: float | Path) -> dict[str, float]:
-        """One load on another server, by HTTP. It is stopped in between: an idle LitServe polls."""
+        """Run one load on another server over HTTP; it is paused otherwise: idle LitServe polls."""
         seconds = WINDOWS * self.seconds
         os.killpg(peer.process.pid, signal.SIGCONT)
         try:
@@ -64,7 +64,7 @@ class Bench:
             os.killpg(peer.process.pid, signal.SIGSTOP)
 
     def served(self, address: Address, how: str, value: float | Path) -> dict[str, float]:
-        """One load on ours, by perf_analyzer."""
+        """Run one load on our server with perf_analyzer."""
         option = {"concurrency": "--concurrency-range", "intervals": "--request-intervals"}[how]
         arguments = [*address.arguments(), option, str(value)]
         data = self.folder / "images.json"
@@ -76,12 +76,12 @@ class Bench:
 
     @contextlib.contextmanager
     def peer_server(self, script: str, form: str) -> Iterator[Peer]:
-        """Another server, started for as long as it is needed, on a free port."""
+        """Run another server on a free port, as a context manager."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = [str(self.python), str(HERE / "peers" / script), str(self.repository), str(port)]
-        # A session of its own, which is stopped and ended with all its workers.
+        # Its own session, so that signals reach all its workers.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
             yield Peer(f"http://127.0.0.1:{port}/embed", form, process)
@@ -92,7 +92,7 @@ class Bench:
 
 
 def main() -> int:
-    """Entry point; the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args()
     if not args.python.is_file():
         print(f"bench: no {args.python}: `make bench` creates it", file=sys.stderr)
@@ -119,7 +119,7 @@ def main() -> int:
 
 
 def _built(precision: str, folder: Path) -> Path:
-    """The network anew; random weights cost the same."""
+    """Build the network with random weights, which cost the same."""
     repository = folder / "models"
     command = [Path(sys.executable).parent / "vit-builder", "--weights", "random"]
     command += ["--precision", precision, "--output", repository]
@@ -133,7 +133,7 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
         bench.folder / "images.json", [p.read_bytes() for p in inputs.photos(inputs.PHOTOS)]
     )
     with contextlib.ExitStack() as stack:
-        # All stay up, idle but for the one that is measured.
+        # All stay up, and all but the one being measured are idle.
         address = stack.enter_context(local_server(bench.repository))
         litserve = stack.enter_context(bench.peer_server("serve_litserve.py", "json"))
         fastapi = stack.enter_context(bench.peer_server("serve_fastapi.py", "raw"))
@@ -177,7 +177,7 @@ def _measure(bench: Bench, count: int) -> tuple[list[dict[str, Any]], dict[str, 
 
 
 def _intervals(bench: Bench, rate: float) -> Path:
-    """The same arrivals for everyone: as of independent users, and of exactly this rate."""
+    """Write the same arrivals for all servers: as of independent users, at exactly this rate."""
     gaps = np.random.default_rng(0).exponential(size=round(rate * WINDOWS * bench.seconds) + 1)
     path = bench.folder / "intervals.txt"
     path.write_text("\n".join(f"{gap:.0f}" for gap in gaps * (1e6 / rate / gaps.mean())) + "\n")

@@ -1,4 +1,4 @@
-"""What a running vit-server holds: memory and file descriptors of each of its processes."""
+"""Memory and file descriptors of each process of a running vit-server."""
 
 import contextlib
 import time
@@ -14,15 +14,15 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one process."""
+    """Resources of one process."""
 
-    private: float  # MiB that end with it
+    private: float  # MiB (USS), freed when it exits
     descriptors: int
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of a server at one moment."""
+    """Resources of a server at one moment."""
 
     processes: dict[str, Usage]
     shared: float  # MiB in /dev/shm
@@ -37,13 +37,13 @@ class Footprint:
 
 
 def footprint(pid: int) -> Footprint:
-    """Of the vit-server with that process id."""
+    """Return the footprint of the vit-server with that process id."""
     usages = {}
     seen: Counter[str] = Counter()
     for process in family(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             name = name_of(process)
-            seen[name] += 1  # a model may have several
+            seen[name] += 1  # a model may have several processes
             name = name if seen[name] == 1 else f"{name} {seen[name]}"
             usages[name] = Usage(process.memory_full_info().uss / MIB, process.num_fds())
     blocks = (file.stat().st_blocks for file in Path("/dev/shm").glob(f"vit_server_{pid}_*"))
@@ -56,7 +56,7 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def name_of(process: psutil.Process) -> str:
-    """A model's process is named after its model."""
+    """Return the model's name for a model's process, else the process's own name."""
     words = process.cmdline()
     if words and words[0].endswith("triton_python_backend_stub"):
         return Path(words[1]).parent.parent.name  # …/preprocess/1/model.py
@@ -65,9 +65,9 @@ def name_of(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def peak(pid: int) -> Iterator[dict[str, float]]:
-    """Tells at the end the most MiB each process held at once, its share of /dev/shm included."""
+    """Fill the dictionary, on exit, with each process's peak in MiB, its /dev/shm included."""
     for process in family(pid):
-        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # forget the peak so far
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # reset the peak
     peaks: dict[str, float] = {}
     yield peaks
     for process in family(pid):
@@ -78,7 +78,7 @@ def peak(pid: int) -> Iterator[dict[str, float]]:
 
 
 def settled(pid: int) -> Footprint:
-    """The smallest of a few in a row: between two requests, not in the middle of one."""
+    """Return the smallest of a few footprints in a row: taken between requests, not during one."""
     seen = []
     for _ in range(5):
         seen.append(footprint(pid))

@@ -1,4 +1,4 @@
-"""Medians over the rounds, and what they are of each other."""
+"""Medians over the rounds, and their ratios."""
 
 from collections.abc import Callable
 from statistics import median
@@ -17,19 +17,19 @@ GOALS = {  # at least
     "FastAPI's p99 / served p99": 1.0,
     "model.pt / OpenVINO": 0.9,
 }
-# With --precision int8: against the same server in the other precision.
+# With --precision int8: ratio to the same server in the other precision.
 BASE_GOALS = {"fp32": 2.5, "bf16": 1.6}
 LATENCY_GOAL = {"latency of one photo, served / bare": 1.15}  # at most
 
 
 def slowest(rounds: list[Round]) -> float:
-    """Throughput of the slowest server."""
+    """Return the throughput of the slowest server."""
     rates = [[float(found[server]["per_second"]) for found in rounds] for server in SERVERS]
     return min(map(median, rates))
 
 
 def throughputs(found: Round) -> dict[str, float]:
-    """Images a second of everything that was measured in a round."""
+    """Return images/s of everything measured in a round."""
     model, a_core = found["torchscript"]["best"], found["torchscript_a_core"]["best"]
     pillow = found["pillow"]["all cores"]
     return {
@@ -46,19 +46,19 @@ def throughputs(found: Round) -> dict[str, float]:
 
 
 def _base(found: Round) -> list[tuple[str, Round]]:
-    """The other precision and its figures, if it was measured."""
+    """Return the other precision and its figures, if measured."""
     return [(found["base precision"], found["base"])] if "base" in found else []
 
 
 def goals(found: Round) -> dict[str, float]:
-    """What its ratios should be at least."""
+    """Return the minimum that each ratio should have."""
     return GOALS | {
         f"served / served in {name}": BASE_GOALS.get(name, 1.0) for name, _ in _base(found)
     }
 
 
 def ratios(found: Round) -> dict[str, float]:
-    """What there are goals for."""
+    """Return the ratios that have goals."""
     rate = throughputs(found)
     served = found["served"]["per_second"]
     p99 = {server: found[f"{server} at rate"]["p99"] for server in SERVERS}
@@ -80,7 +80,7 @@ def ratios(found: Round) -> dict[str, float]:
 
 
 def markdown(facts: dict[str, Any], rounds: list[Round]) -> str:
-    """The report."""
+    """Return the report."""
     network = f"{facts['model_name']} in {facts['precision']}, {facts['weights']} weights"
     of_base = []
     for name, _ in _base(rounds[0]):

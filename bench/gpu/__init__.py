@@ -1,1 +1,1 @@
-"""The network on a GPU: bare, served, and its JPEGs decoded there. `python -m bench.gpu --help`."""
+"""GPU benchmarks: the network alone, served, and JPEG decoders. `python -m bench.gpu --help`."""

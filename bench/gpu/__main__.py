@@ -1,4 +1,4 @@
-"""Everything about a GPU in one run, most telling first, written after each step."""
+"""All GPU benchmarks in one run, the most important first; results are written after each step."""
 
 import argparse
 import json
@@ -32,11 +32,11 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Plan:
-    """Which sizes and loads."""
+    """Batch sizes and loads to measure."""
 
     precision: str
     batches: list[int]  # of the bare network
-    sizes: int  # whose first runs are timed
+    sizes: int  # time the first run of each batch size up to this
     matrices: list[int]
     copied: int  # MiB
     standin: tuple[list[int], list[int]]  # instances, batches
@@ -70,7 +70,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What every step needs."""
+    """Settings shared by all steps."""
 
     device: Device
     plan: Plan
@@ -80,7 +80,7 @@ class Bench:
     seconds: float
 
     def bare(self) -> report.Results:
-        """The network in batches, and what the device can do at best."""
+        """Measure the network in batches, and the device's limits."""
         plan, device, cfg = self.plan, self.device, self.network.checkpoint.config
         settings = {"batches": plan.batches, "sizes": plan.sizes, "rounds": self.rounds}
         found: report.Results = {"flops": bare.flops(cfg)}
@@ -97,7 +97,7 @@ class Bench:
         return found
 
     def agreement(self) -> report.Results:
-        """On the device, by the builder's own limits."""
+        """Verify the network on the device, by the builder's own limits."""
         network = self.network
         photos = pixels(SHIPPED, network.checkpoint.config.image_size)
         found = verify.compare(
@@ -107,16 +107,16 @@ class Bench:
         return {"measured": asdict(found), "limits": asdict(limits)}
 
     def standin(self) -> report.Results:
-        """What chooses the instances and the batch."""
+        """Measure what determines the number of instances and the batch size."""
         return {"rates": standin.rates(self.network, self.device, *self.plan.standin, self.seconds)}
 
     def cores(self) -> report.Results:
-        """What `preprocess` can feed."""
+        """Measure the image rate that `preprocess` can supply."""
         height, _ = self.network.checkpoint.config.image_size
         return {"rates": cores.rates(height, max(1.0, self.seconds))}
 
     def served(self) -> report.Results:
-        """All of it, by perf_analyzer."""
+        """Measure the whole server, by perf_analyzer."""
         binary = perf_analyzer.install()
         bench = served.Bench(
             self.network.repository, self.folder, self.device.kind, self.seconds, binary, say
@@ -126,7 +126,7 @@ class Bench:
 
     @torch.inference_mode()
     def decoders(self) -> report.Results:
-        """Whether a GPU would decode JPEGs faster than this machine's cores, and how well."""
+        """Measure whether a GPU decodes JPEGs faster than this machine's cores, and how exactly."""
         photos = [path.read_bytes() for path in inputs.photos(inputs.PHOTOS)]
         size = self.network.checkpoint.config.image_size
         batch = max(self.plan.batches) // 4
@@ -146,12 +146,12 @@ STEPS: dict[str, Callable[[Bench], report.Results]] = {
 
 
 def main() -> int:
-    """Entry point; the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up like Ctrl-C
-    # Triton would put instances on every GPU that it sees.
+    # Triton would create instances on every visible GPU.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ[bare.VARIABLE] = "1"  # as vit-server sets it; torch has not looked yet
+    os.environ[bare.VARIABLE] = "1"  # as vit-server sets it; torch has not read it yet
     folder = args.output or RESULTS / f"{datetime.now():%Y-%m-%d-%H%M%S}-gpu"
     try:
         device = Device(args.device)
@@ -161,7 +161,7 @@ def main() -> int:
     except (NoGpuError, vit_builder.CheckpointError) as e:
         print(f"bench-gpu: {e}", file=sys.stderr)
         return 1
-    except subprocess.CalledProcessError:  # vit-builder has said why
+    except subprocess.CalledProcessError:  # vit-builder has reported why
         return 1
     except OSError as e:
         print(f"bench-gpu: {folder} cannot be written: {e.strerror or e}", file=sys.stderr)
@@ -172,7 +172,7 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace, device: Device, folder: Path, scratch: Path) -> int:
-    """1 where a step has failed: the others are measured."""
+    """Run all steps; return 1 if any failed. A failed step does not stop the others."""
     plan, began = PLANS[device.kind], time.monotonic()
     network = _network(args.checkpoint, plan.precision, scratch)
     bench = Bench(device, plan, network, scratch, args.rounds, args.seconds)
@@ -184,7 +184,7 @@ def _measure(args: argparse.Namespace, device: Device, folder: Path, scratch: Pa
         say(step)
         try:
             results[step] = STEPS[step](bench)
-        except Exception as e:  # whatever it is, the other steps are worth having
+        except Exception as e:  # any failure: the other steps still count
             results["failed"][step] = reason(e)
             say(f"{step} failed: {reason(e)}")
         results["seconds"][step] = round(time.monotonic() - began)
@@ -194,7 +194,7 @@ def _measure(args: argparse.Namespace, device: Device, folder: Path, scratch: Pa
 
 
 def _network(file: Path | None, precision: str, scratch: Path) -> Network:
-    """Built with the builder's own choices for a GPU."""
+    """Build the network with the builder's defaults for a GPU."""
     repository = scratch / "models"
     command = [str(Path(sys.executable).parent / "vit-builder"), "--output", str(repository)]
     command += ["--device", "cuda", "--precision", precision]
@@ -205,7 +205,7 @@ def _network(file: Path | None, precision: str, scratch: Path) -> Network:
 
 
 def _write(folder: Path, results: report.Results) -> None:
-    """After each step, so that a run that ends early has not been for nothing."""
+    """Write the results; called after each step, so that an interrupted run is not lost."""
     if profile := results.get("bare", {}).pop("profile", ""):
         (folder / "profile.txt").write_text(profile)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""The network alone on the device: pixels are there already, and the answers stay there.
+"""The network alone: pixels are already on the device, and the outputs stay there.
 
-torch reads VARIABLE once, so each of its values is measured in a process of its own:
-`python -m bench.gpu.bare JSON` prints what `measure` has found.
+torch reads VARIABLE once, so each of its values is measured in a separate process:
+`python -m bench.gpu.bare JSON` prints the results of `measure`.
 """
 
 import json
@@ -26,31 +26,31 @@ from .device import Device
 
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 AS_SERVED = "TorchScript"
-# vit-server sets it: else torch prefers cuDNN's attention on GPUs from Hopper on.
+# vit-server sets it: otherwise torch prefers cuDNN's attention on Hopper and newer GPUs.
 VARIABLE = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
 VALUES = {"as served": "1", "attention as torch prefers it": ""}
 
 
 class BareError(Exception):
-    """A process of this module failed; why, it has said on standard error."""
+    """A process of this module failed; it reported the reason on standard error."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is measured: a checkpoint, and the repository that was built of it."""
+    """The network to measure: a checkpoint, and the repository built from it."""
 
-    file: Path | None  # the published network with random weights, where there is none
+    file: Path | None  # None: the published network with random weights
     repository: Path
     precision: str
     top_k: int
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """Read, or made, once: 48 million random numbers take a second."""
+        """The checkpoint, loaded or generated once: 48 million random numbers take a second."""
         return vit_builder.load(self.file) if self.file else vit_builder.random()
 
     def eager(self, device: Device) -> Run:
-        """The network as it is written, not traced."""
+        """Return the eager network, not traced."""
         network = self.checkpoint.network()
         served = ServedViT(network, self.checkpoint, self.precision, self.top_k)
         return served.eval().to(device.kind)
@@ -59,7 +59,7 @@ class Network:
         return model_file(self.repository)
 
     def traced(self, device: Device) -> Run:
-        """The file that is served, run as Triton runs it."""
+        """Return the served file, run as Triton runs it."""
         module = torch.jit.load(self.model_file(), map_location=device.kind)  # type: ignore[no-untyped-call]
         module.eval()
 
@@ -86,10 +86,10 @@ def measure(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """First runs of every batch size up to `sizes`, in ms; then images a second, in turns."""
+    """Time the first run of each batch size up to `sizes`, in ms; then images/s, interleaved."""
     rows = pixels(network.checkpoint.config, max(*batches, sizes), device)
     runs = {AS_SERVED: network.traced(device)}
-    device.seconds(lambda: runs[AS_SERVED](rows[:1]), 2)  # libraries are loaded here
+    device.seconds(lambda: runs[AS_SERVED](rows[:1]), 2)  # loads libraries
     first = {
         size: 1000 * device.seconds(lambda: runs[AS_SERVED](rows[:size]), 1)  # noqa: B023
         for size in range(1, sizes + 1)
@@ -110,7 +110,7 @@ def measure(
 
 
 def in_a_process(value: str, network: Network, device: Device, **settings: Any) -> dict[str, Any]:
-    """`measure`, with that value of VARIABLE. Raises BareError."""
+    """Run `measure` in a process with that value of VARIABLE. Raises BareError."""
     given = {
         **settings,
         "file": str(network.file or ""),
@@ -131,7 +131,7 @@ def in_a_process(value: str, network: Network, device: Device, **settings: Any) 
 
 @torch.inference_mode()
 def profile(run: Run, rows: Tensor) -> str:
-    """Which operations the time goes into."""
+    """Return a table of the time by operation."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if rows.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -145,7 +145,7 @@ def profile(run: Run, rows: Tensor) -> str:
 
 
 def flops(cfg: ViTConfig) -> int:
-    """Floating-point operations an image, two for each multiply-add of a matrix product.
+    """Return the floating-point operations per image, two per multiply-add of a matrix product.
 
     For T tokens, D dimensions, M of the MLP, L layers, P = patch_size, C classes:
     2 (patches 3 P² D  +  L (T D 3D + 2 T² D + T D² + 2 T D M)  +  D C).
@@ -159,13 +159,13 @@ def flops(cfg: ViTConfig) -> int:
 
 
 def pixels(cfg: ViTConfig, batch: int, device: Device) -> Tensor:
-    """Random ones, on the device."""
+    """Return random pixels on the device, uint8 [batch, H, W, 3]."""
     shape = (batch, *cfg.image_size, 3)
     return torch.randint(0, 256, shape, dtype=torch.uint8, device=device.kind)
 
 
 def main() -> None:
-    """The process of `in_a_process`."""
+    """Run the process that `in_a_process` starts."""
     given = json.loads(sys.argv[1])
     file = Path(given["file"]) if given["file"] else None
     repository = Path(given["repository"])

@@ -1,4 +1,4 @@
-"""How many photos a second this machine's cores decode and resize, as `preprocess` does."""
+"""Photos per second that this machine's cores decode and resize, as `preprocess` does."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ PREPROCESS = Path(__file__).parents[2] / "model_repository" / "preprocess" / "1"
 
 
 def rates(side: int, seconds: float) -> list[dict[str, float]]:
-    """Photos a second by 1, 4, 8 … of the cores, in as many processes as they want."""
+    """Return photos/s on 1, 4, 8 … cores, with the number of processes that suits each."""
     mine = sorted(os.sched_getaffinity(0))[: installation.cores()]
     counts = [count for count in (1, 4, 8, 16, 32, 64) if count < len(mine)]
     return [
@@ -49,7 +49,7 @@ def _rate(cores: list[int], count: int, side: int, seconds: float) -> float:
 
 
 def _next(found: "Queue[float]", processes: list[SpawnProcess]) -> float:
-    """What one of them has put there. Raises RuntimeError where one has ended without."""
+    """Return the next result of a process. Raises RuntimeError if one exited without any."""
     while True:
         try:
             return found.get(timeout=1)
@@ -66,7 +66,7 @@ def _process(
     ready: threading.Barrier,
     found: "Queue[float]",
 ) -> None:
-    """One of them: puts its photos a second into `found`."""
+    """Run one process: it puts its photos/s into `found`."""
     os.sched_setaffinity(0, cores)
     sys.path.append(str(PREPROCESS))
     import decode  # type: ignore[import-not-found]
@@ -81,7 +81,7 @@ def _process(
                 decode.decode(file, side, side, room)
             done[number] += len(files)
 
-    for file in files:  # what is made at the first use
+    for file in files:  # warm-up
         decode.decode(file, side, side, room)
     ready.wait()
     began = time.perf_counter()

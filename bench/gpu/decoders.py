@@ -1,4 +1,4 @@
-"""JPEG decoders: how many images a second, and how far their pixels are from `preprocess`'s."""
+"""JPEG decoders: images per second, and how far their pixels are from those of `preprocess`."""
 
 import io
 import itertools
@@ -25,14 +25,11 @@ import decode as preprocess  # type: ignore[import-not-found]
 
 Decode = Callable[[list[bytes]], list[Tensor]]  # whole images, uint8 [3, H, W] on the device
 CORES = installation.cores()
-PIXELS = 110_000_000  # that are decoded at once
+PIXELS = 110_000_000  # decoded at once at most
 
 
 class Decoders:
-    """Those that are installed, each followed by torch's resize on the device.
-
-    They are compared with `preprocess`.
-    """
+    """The installed decoders, each followed by torch's resize on the device, and `preprocess`."""
 
     def __init__(self, device: Device, size: tuple[int, int], files: list[bytes]) -> None:
         self.device, self.size, self.files = device, size, files
@@ -43,21 +40,21 @@ class Decoders:
             try:
                 decode = make(device)
                 decode(files)
-            except Exception as e:  # whatever a package does here, the others are measured
+            except Exception as e:  # any failure: the others are still measured
                 self.missing.append(f"{name}: {reason(e)}")
             else:
                 self.decode[f"{name}, resized by torch"] = decode
 
     def preprocess(self, files: Sequence[bytes]) -> Tensor:
-        """[N, H, W, 3], all cores at it."""
+        """Decode by `preprocess` on all cores; return [N, H, W, 3]."""
         return by_preprocess(files, self.size, self.pool.map)
 
     def other(self, name: str, files: Sequence[bytes]) -> Tensor:
-        """The same by another decoder, on the device."""
+        """Decode by another decoder, on the device; return [N, H, W, 3]."""
         return torch.stack([self._resized(image) for image in self.decode[name](list(files))])
 
     def measure(self, run: Run, batch: int, seconds: float, rounds: int) -> dict[str, Any]:
-        """Rates in turns, of `batch` files at a time; then how the answers of `run` differ."""
+        """Measure rates, interleaved, with `batch` files; then how the outputs of `run` differ."""
         many = list(itertools.islice(itertools.cycle(self.files), batch))
         ways: dict[str, Callable[[], Tensor]] = {
             f"preprocess, {CORES} cores": lambda: self.preprocess(many)
@@ -76,11 +73,11 @@ class Decoders:
         return {"rates": rates, "differences": differences, "missing": self.missing}
 
     def _per_second(self, way: Callable[[], Tensor], seconds: float) -> float:
-        """By the host's clock: most of the work is there. The first run does not count."""
+        """Return runs/s by the host's clock, as most of the work is there, after a warm-up run."""
         way()
         count, began = 0, time.perf_counter()
         while (took := time.perf_counter() - began) < seconds or not count:
-            way()[0, 0, 0, 0].item()  # until the device is done
+            way()[0, 0, 0, 0].item()  # waits for the device
             count += 1
         return count / took
 
@@ -92,7 +89,7 @@ class Decoders:
         return [image.to(self.device.kind) for image in self.pool.map(one, files)]
 
     def _resized(self, image: Tensor) -> Tensor:
-        """As Pillow's bicubic, which widens its filter where an image shrinks; [H, W, 3]."""
+        """Resize with antialiasing, as Pillow's bicubic does when shrinking; return [H, W, 3]."""
         small = F.interpolate(image[None].float(), self.size, mode="bicubic", antialias=True)
         return small[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
@@ -100,7 +97,7 @@ class Decoders:
 def by_preprocess(
     files: Sequence[bytes], size: tuple[int, int], apply: Callable[..., Iterable[Any]] = map
 ) -> Tensor:
-    """[N, H, W, 3]: what `preprocess` makes of them."""
+    """Decode files with the code of `preprocess`; return [N, H, W, 3]."""
     room = preprocess.Room(PIXELS)
 
     def one(data: bytes) -> Any:
@@ -110,7 +107,8 @@ def by_preprocess(
 
 
 def _difference(actual: Tensor, expected: Tensor, run: Run) -> dict[str, float]:
-    """Of the pixels in levels (0 to 255), and of what the network says to them, the worst photo."""
+    """Return the differences of the pixels, in levels (0 to 255), and of the network's outputs, for
+    the worst photo."""
     levels = (actual.int() - expected.int()).abs()
     ours, theirs = run(actual), run(expected)
     return {
@@ -122,7 +120,7 @@ def _difference(actual: Tensor, expected: Tensor, run: Run) -> dict[str, float]:
 
 
 def _torchvision(device: Device) -> Decode:
-    """nvJPEG on a GPU."""
+    """Return torchvision's decoder: nvJPEG on a GPU."""
     from torchvision.io import ImageReadMode, decode_jpeg  # type: ignore[import-not-found]
 
     def decode(files: list[bytes]) -> list[Tensor]:
@@ -141,7 +139,7 @@ def _nvimgcodec(device: Device) -> Decode:
 
     def decode(files: list[bytes]) -> list[Tensor]:
         images = decoder.decode(files, params=params)
-        if None in images:  # why, it has said on standard error
+        if None in images:  # the decoder reports why on standard error
             raise RuntimeError("a photo was not decoded")
         tensors = [from_dlpack(image.to_dlpack()) for image in images]
         return [tensor.to(device.kind).permute(2, 0, 1) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""The device that is measured: its clock, its own limits, and what it is."""
+"""The device to measure: its clock, its limits, and a description of it."""
 
 import os
 import subprocess
@@ -12,11 +12,11 @@ from ..load.triton import machine
 
 
 class NoGpuError(Exception):
-    """There is nothing to measure; the message is for the person."""
+    """There is no GPU to measure; the message is for the user."""
 
 
 class Device:
-    """A GPU, or the CPU to try the script without one."""
+    """A GPU, or the CPU, to test the script without a GPU."""
 
     def __init__(self, kind: str) -> None:
         if kind == "cuda":
@@ -29,7 +29,7 @@ class Device:
         self.kind = kind
 
     def seconds(self, run: Callable[[], object], count: int) -> float:
-        """Of `count` runs in a row, by the device's own clock."""
+        """Return the seconds per run, over `count` runs in a row, by the device's clock."""
         if self.kind == "cpu":
             began = time.perf_counter()
             for _ in range(count):
@@ -45,15 +45,15 @@ class Device:
         return float(start.elapsed_time(end)) / 1000
 
     def per_second(self, run: Callable[[], object], seconds: float) -> float:
-        """Runs a second, over about that many seconds. It must be warm."""
+        """Return runs/s, over about that many seconds; `run` must be warmed up."""
         count = max(1, round(seconds / (self.seconds(run, 2) / 2)))
         return count / self.seconds(run, count)
 
     def matrix_rates(
         self, sizes: list[int], dtype: torch.dtype, seconds: float
     ) -> dict[str, float]:
-        """TFLOP/s of square matrix products. Of random numbers: zeros take less power, and run
-        faster than any network's numbers would.
+        """Return TFLOP/s of square matrix products, of random numbers: zeros take less power, and
+        run faster than a real network's values.
         """
         rates = {}
         for size in sizes:
@@ -68,7 +68,7 @@ class Device:
         return rates
 
     def copy_rate(self, mebibytes: int, seconds: float) -> float:
-        """GB/s of memory, bytes read and bytes written, in a copy."""
+        """Return the GB/s of a copy in device memory, counting bytes read and bytes written."""
         source = torch.empty(mebibytes << 20, dtype=torch.uint8, device=self.kind).random_()
         target = torch.empty_like(source)
 
@@ -79,7 +79,7 @@ class Device:
         return self.per_second(run, seconds) * 2 * source.nbytes / 1e9
 
     def facts(self) -> dict[str, Any]:
-        """What a reader has to know to compare."""
+        """Return the device's name, limits and software versions, for comparison."""
         versions = {"torch": torch.__version__, "CUDA of torch": torch.version.cuda or "none"}
         versions["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         if self.kind == "cpu":
@@ -94,7 +94,7 @@ class Device:
 
 
 def reason(error: Exception) -> str:
-    """An error of somebody's library, in one line."""
+    """Return an exception of a third-party library in one line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

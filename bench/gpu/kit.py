@@ -23,15 +23,15 @@ ROOT = Path(__file__).parents[2]
 PYTHON = "3.12"
 SITE = Path("lib") / f"python{PYTHON}" / "site-packages"
 OURS = ("builder", "client", "server")
-# The machine has these, and what they need; hf-xet is for downloads.
+# The machine has these, with their dependencies; hf-xet is for downloads.
 LEFT_OUT = {"torch", "llvmlite", "pillow", "hf-xet"}
-NUMPY = "numpy==1.26.4"  # Triton's stubs know no other
+NUMPY = "numpy==1.26.4"  # Triton's stubs need NumPy 1
 PROJECT = ("bench", "photos", "model_repository")
 LIMIT = 50 << 20  # bytes
 
 
 def main() -> int:
-    """Entry point; the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.kit", description=__doc__)
     parser.add_argument("folder", type=Path, help="where to; it must not be there yet")
     folder: Path = parser.parse_args().folder
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def fill(environment: Path) -> None:
-    """What run.py puts into a virtual environment."""
+    """Fill a folder with the files that run.py puts into a virtual environment."""
     site = environment / SITE
     say("Collecting packages …")
     with tempfile.TemporaryDirectory() as wheels:
@@ -70,7 +70,7 @@ def fill(environment: Path) -> None:
     shutil.rmtree(site / "bin", ignore_errors=True)
     for tests in list((site / "numpy").rglob("tests")):
         shutil.rmtree(tests)
-    if shutil.which("strip"):  # of symbols, which are a tenth of all
+    if shutil.which("strip"):  # symbols are a tenth of the size
         subprocess.run(["strip", *site.glob("**/*.cpython-*.so")], check=True)
     _copy_triton(site)
     requirement, sha256 = perf_analyzer.NEWER
@@ -83,7 +83,7 @@ def fill(environment: Path) -> None:
 
 
 def requirements() -> list[str]:
-    """Of our distributions, and what these need in turn, in this environment's versions."""
+    """Return the transitive requirements of our distributions, in this environment's versions."""
     found: dict[str, str] = {}
     left = [Requirement(f"vit-{name}") for name in OURS]
     while left:
@@ -105,7 +105,7 @@ def requirements() -> list[str]:
 
 
 def _copy_triton(site: Path) -> None:
-    """Of the nvidia-pytriton wheel: tritonserver, its Python backend, one stub, libraries."""
+    """Copy from the nvidia-pytriton wheel: tritonserver, Python backend, one stub, libraries."""
     spec = find_spec("pytriton")
     assert spec is not None
     assert spec.origin is not None
@@ -114,7 +114,7 @@ def _copy_triton(site: Path) -> None:
     for part in ("bin", "backends/python", f"python_backend_stubs/{PYTHON}"):
         shutil.copytree(package / "tritonserver" / part, target / "tritonserver" / part)
     (target / "__init__.py").touch()
-    # The library of Python 3.13 is for the stub of that.
+    # The library of Python 3.13 is only for that version's stub.
     ignored = shutil.ignore_patterns("libpython3*")
     libraries = "nvidia_pytriton.libs"
     shutil.copytree(package.parent / libraries, site / libraries, ignore=ignored)
@@ -126,7 +126,7 @@ def _pip(*arguments: str) -> None:
 
 
 def _plain(file: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Of nobody in particular."""
+    """Remove the owner from a file's entry."""
     file.uid = file.gid = 0
     file.uname = file.gname = ""
     return file

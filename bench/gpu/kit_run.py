@@ -1,7 +1,7 @@
 """Measure the network on this machine's GPU: `python3 run.py --output DIR [--device cpu] …`
 
-Beside this file is kit.tar.xz, which is unpacked here first. It takes Python 3.12, which has torch
-with CUDA, llvmlite and Pillow; nothing is downloaded, and nothing outside this folder is changed.
+First unpacks kit.tar.xz, which is beside this file. Needs Python 3.12 with torch with CUDA,
+llvmlite and Pillow; nothing is downloaded, and nothing outside this folder is changed.
 """
 
 import os
@@ -33,7 +33,7 @@ def main() -> None:
         name, equals, path = word.partition("=")
         if name in PATHS and equals:
             given += [name, str(Path.cwd() / path)]
-        else:  # a relative path is one from here
+        else:  # resolve relative paths here
             given.append(str(Path.cwd() / word) if given[-1:] and given[-1] in PATHS else word)
     os.environ["PYTHONWARNINGS"] = "ignore::FutureWarning"
     os.chdir(ENVIRONMENT / "project")
@@ -46,7 +46,7 @@ def unpack() -> None:
     venv.create(ENVIRONMENT, system_site_packages=True, symlinks=True, clear=True)
     with tarfile.open(KIT) as tar:
         tar.extractall(ENVIRONMENT, filter="data")
-    # Where this Python is of an environment itself, its packages are not the system's.
+    # If this Python is in a virtual environment, system_site_packages excludes its packages.
     given = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
     (SITE / "given.pth").write_text("\n".join(sorted(given)) + "\n")
     for package in distributions(path=[str(SITE)]):
@@ -61,7 +61,7 @@ def unpack() -> None:
 
 
 def this_kit() -> str:
-    """Another one, or the same in another place, is unpacked anew."""
+    """Return an id of this kit and its location: if either changes, it is unpacked again."""
     status = KIT.stat()
     return f"{KIT} {status.st_size} {status.st_mtime_ns}"
 

@@ -1,4 +1,4 @@
-"""The figures as tables, and what was aimed at."""
+"""The figures as tables, and the goals."""
 
 from collections.abc import Iterable
 from statistics import median
@@ -12,12 +12,12 @@ Results = dict[str, Any]
 BARE_GOAL = 12_000  # images/s of TorchScript in fp16
 STANDIN_GOAL = 0.9  # of bare
 PIXELS_GOAL = 0.7  # of bare
-JPEG_GOAL = 0.8  # of what the cores decode
+JPEG_GOAL = 0.8  # of the cores' decoding rate
 TIMES = ("per_second", "p50", "p99", "queue", "preprocess", "vit", "network", "batch")
 
 
 def markdown(results: Results) -> str:
-    """All that was measured so far."""
+    """Return the report of everything measured so far."""
     lines = ["# The network on a GPU", ""]
     lines += [f"- {name}: {fact}" for name, fact in results["facts"].items()]
     lines += [f"- {step} failed: {why}" for step, why in results.get("failed", {}).items()]
@@ -41,7 +41,7 @@ def markdown(results: Results) -> str:
 
 
 def goals(results: Results) -> list[list[str]]:
-    """A row each; what was not measured is said to be open."""
+    """Return a table row per goal; those not measured are marked as open."""
     bare = standin = photos = pixels = jpegs = None
     if "bare" in results:
         bare = max(median(rates) for rates in _as_served(results)["images"][AS_SERVED].values())
@@ -69,7 +69,7 @@ def _as_served(results: Results) -> Results:
 
 
 def _best(rows: Iterable[Results]) -> float:
-    """Images a second; 0 where all have failed."""
+    """Return the highest images/s; 0 if all failed."""
     return max((float(row.get("per_second", 0)) for row in rows), default=0.0)
 
 

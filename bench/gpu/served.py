@@ -1,4 +1,4 @@
-"""The network behind Triton: with each count of instances the same loads."""
+"""The network behind Triton: the same loads for each number of instances."""
 
 import contextlib
 import shutil
@@ -16,18 +16,18 @@ from ..load.sweep import Sweep
 from ..load.triton import Address, ServerError, Triton, local_server
 
 Row = dict[str, Any]
-# perf_analyzer asks for every output, and `vit` has 0.6 MB of them an image. This ensemble is
+# perf_analyzer requests every output, and those of `vit` are 0.6 MB per image. This ensemble is
 # `embed` without its first step: pixels in, the embedding out.
 PIXELS = "embed_pixels"
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is sent."""
+    """A load on a model."""
 
     model: str
-    concurrency: int  # requests under way at a time
-    images: int = 1  # in a request
+    concurrency: int  # requests in flight
+    images: int = 1  # per request
 
     def __str__(self) -> str:
         each = "" if self.images == 1 else f" of {self.images} images"
@@ -36,7 +36,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured with what."""
+    """Settings of the measurement."""
 
     built: Path  # by vit-builder
     folder: Path  # for copies of it
@@ -46,14 +46,14 @@ class Bench:
     say: Callable[[str], None]
 
     def measure(self, instances: list[int], loads: list[Load]) -> list[Row]:
-        """All loads, on one server after the other."""
+        """Measure all loads, on one server after the other."""
         rows: list[Row] = []
         for count in instances:
             self.say(f"served: {count} instances")
             try:
                 with self.server(count) as address:
                     rows += [{"instances": count, **self.point(address, load)} for load in loads]
-            except ServerError as e:  # of this one: the others are measured
+            except ServerError as e:  # the other servers are still measured
                 self.say(f"{count} instances: {e}")
         if not rows:
             raise ServerError("none of these configurations could be served, see above")
@@ -61,7 +61,7 @@ class Bench:
 
     @contextlib.contextmanager
     def server(self, instances: int) -> Iterator[Address]:
-        """A server with so many instances, on the device that is measured."""
+        """Run a server with that many instances on the device, as a context manager."""
         repository = self.folder / f"{instances} instances"
         write(self.built, repository, instances, self.kind)
         try:
@@ -71,27 +71,27 @@ class Bench:
             shutil.rmtree(repository, ignore_errors=True)
 
     def point(self, address: Address, load: Load) -> Row:
-        """One load."""
+        """Measure one load."""
         found: Row = {"model": load.model, "load": str(load)}
         extra = ["-b", str(load.images)] if load.images > 1 else []
         sweep = Sweep(Triton(address), self.binary, self.seconds, extra)
         data = self.folder / ("pixels.json" if load.model == PIXELS else "images.json")
         try:
             point = sweep.point(load.model, "", data, "concurrency", load.concurrency)
-        except PerfAnalyzerError as e:  # of one load: the others are measured
+        except PerfAnalyzerError as e:  # the other loads are still measured
             self.say(f"{load.model}, {load}: {e}")
             return {**found, "failed": str(e)}
         return {**point.row(), **found}
 
     def write_inputs(self, height: int, width: int) -> None:
-        """perf_analyzer's files."""
+        """Write perf_analyzer's input files."""
         photos = inputs.photos(inputs.PHOTOS)
         inputs.write_pixels(self.folder / "pixels.json", photos, height, width)
         inputs.write_images(self.folder / "images.json", [p.read_bytes() for p in photos])
 
 
 def write(built: Path, folder: Path, instances: int, kind: str) -> None:
-    """A copy of the repository with so many instances, and with the ensemble PIXELS."""
+    """Write a copy of the repository with that many instances, and with the ensemble PIXELS."""
     shutil.copytree(built, folder)
     path = folder / "vit" / "config.pbtxt"
     config = text_format.Parse(path.read_text(), ModelConfig())

@@ -1,8 +1,8 @@
-"""What Triton's C++ LibTorch backend does with a batch, without Triton.
+"""Simulates what Triton's C++ LibTorch backend does with a batch, without Triton.
 
-One process with a thread for each instance, and in each a module and a stream of its own: a copy in
-for each request, from pinned memory; forward; the embeddings out. The embedded server's instances
-are processes, which a GPU runs in turns, so what it does says little about how many are best.
+One process with a thread per instance, each with its own module and stream: it copies each request
+in from pinned memory, runs forward, and copies the embeddings out. The embedded server's instances
+are processes, which a GPU time-slices, so they say little about the best number of instances.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import torch
 from .bare import Network, Run
 from .device import Device
 
-SETTLE = 1.0  # seconds, in which every thread has run its first batches
+SETTLE = 1.0  # seconds, for the first batches of every thread
 
 
 def rates(
     network: Network, device: Device, instances: list[int], batches: list[int], seconds: float
 ) -> list[dict[str, Any]]:
-    """Images a second for each count of instances and batch size."""
+    """Return images/s for each number of instances and batch size."""
     return [
         {"instances": count, "batch": batch, "images": rate(network, device, count, batch, seconds)}
         for count in instances
@@ -31,7 +31,7 @@ def rates(
 
 
 def rate(network: Network, device: Device, instances: int, batch: int, seconds: float) -> float:
-    """Images a second."""
+    """Return images/s for one number of instances and one batch size."""
     done, stop = [0] * instances, threading.Event()
     failed: list[Exception] = []
 
@@ -41,7 +41,7 @@ def rate(network: Network, device: Device, instances: int, batch: int, seconds: 
             while not stop.is_set():
                 one()
                 done[number] += batch
-        except Exception as error:  # out of memory, most of all
+        except Exception as error:  # mostly out of memory
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(instances)]
@@ -54,7 +54,7 @@ def rate(network: Network, device: Device, instances: int, batch: int, seconds: 
         before, began = sum(done), time.perf_counter()
         time.sleep(seconds)
         found = (sum(done) - before) / (time.perf_counter() - began)
-    finally:  # at Ctrl-C too
+    finally:  # on Ctrl-C too
         stop.set()
         for thread in threads:
             thread.join()
@@ -64,7 +64,7 @@ def rate(network: Network, device: Device, instances: int, batch: int, seconds: 
 
 
 def _batch(network: Network, device: Device, batch: int) -> Callable[[], None]:
-    """One batch of requests with an image each."""
+    """Return a function that runs one batch of requests with one image each."""
     cuda = device.kind == "cuda"
     run: Run = network.traced(device)
     shape = (*network.checkpoint.config.image_size, 3)

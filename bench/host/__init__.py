@@ -1,1 +1,1 @@
-"""The host's part of an image: what feeds a GPU."""
+"""The host's work per image, which limits how fast a GPU can be fed."""

@@ -1,4 +1,4 @@
-"""What the host does for an image beside the network, and how many a second that lets it feed."""
+"""The host's work per image besides the network, and the images/s that it can supply."""
 
 import argparse
 import contextlib
@@ -32,7 +32,7 @@ SIDE = 256
 CONCURRENCY = 16
 MEGAPIXELS = (0.25, 2.0, 12.0)
 CORES = (8, 16, 32)
-# Appended to decode.py: what is left is all that Triton and Python do around the decoding.
+# Appended to decode.py: leaves only what Triton and Python do around the decoding.
 NO_DECODING = """
 
 import numpy as np
@@ -51,7 +51,7 @@ class Bench:
     folder: Path
 
     def served(self, address: Address, data: Path) -> dict[str, float]:
-        """Core-milliseconds an image by process, and images a second."""
+        """Return CPU milliseconds per image by process, and images/s."""
         triton = Triton(address)
         arguments = [*address.arguments(), "--concurrency-range", str(CONCURRENCY)]
         images, used = triton.counters()["preprocess"].images, processor_seconds()
@@ -64,14 +64,14 @@ class Bench:
         return {**core_ms, "images/s": found.per_second}
 
     def loops(self, files: list[Path]) -> dict[str, dict[str, float]]:
-        """Figures of loops.py."""
+        """Run loops.py; return its figures."""
         preprocess = ROOT / "model_repository" / "preprocess" / "1"
         script = Path(__file__).parent / "loops.py"
         return figures(self.python, script, preprocess, SIDE, *files)
 
 
 def processor_seconds() -> Counter[str]:
-    """What the server's processes have used, by the model that they run."""
+    """Return the CPU seconds that the server's processes have used, by model."""
     used: Counter[str] = Counter()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -82,7 +82,7 @@ def processor_seconds() -> Counter[str]:
 
 @contextlib.contextmanager
 def repositories(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """One whose network costs next to nothing, and one that does not even decode."""
+    """Provide a repository with a trivial network, and one that does not decode either."""
     config = ViTConfig((SIDE, SIDE), 12, num_layers=1, num_heads=1, hidden_dim=16, mlp_dim=16)
     settings = vit_builder.Settings("fp32", max_batch_size=16, top_k=12)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -96,7 +96,7 @@ def repositories(folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def measure(bench: Bench, count: int) -> dict[str, Any]:
-    """All rounds."""
+    """Measure all rounds."""
     sent: dict[str, list[Path]] = {}
     for megapixels in MEGAPIXELS:
         folder = bench.folder / f"{megapixels:g} MP"
@@ -125,13 +125,13 @@ def measure(bench: Bench, count: int) -> dict[str, Any]:
 
 
 def predicted(cores: int, core_ms: float, lock_ms: float) -> tuple[int, float]:
-    """Processes, and images a second: the lesser of what the cores and the processes can do."""
+    """Return the number of processes, and images/s: the lower of the cores' and their limits."""
     processes = sizing.wanted(cores)
     return processes, min(cores / core_ms, processes / lock_ms) * 1e3
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report."""
+    """Return the report."""
     rounds = results["rounds"]
 
     def of(*path: str) -> float:
@@ -184,7 +184,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Entry point; the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args()
     if not args.python.is_file():
         print(f"bench-host: no {args.python}: `make bench-host` creates it", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""Files to pixels on one core, by `preprocess` and by others: `loops.py PREPROCESS SIDE FILE…`.
+"""Decodes files on one core, by `preprocess` and by others: `loops.py PREPROCESS SIDE FILE…`.
 
-Prints JSON: of each way the processor's milliseconds a file, and how far its pixels are from ours.
+Prints JSON: for each decoder its CPU milliseconds per file, and how far its pixels are from ours.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOM = 200_000_000  # pixels
 
 
 def ours(folder: Path, side: int) -> Decode:
-    """model_repository/preprocess/1/decode.py."""
+    """Return the decoder of model_repository/preprocess/1/decode.py."""
     sys.path.append(str(folder))
     import decode
 
@@ -31,7 +31,7 @@ def ours(folder: Path, side: int) -> Decode:
 
 
 def pillow(side: int) -> Decode:
-    """As the network was trained."""
+    """Return Pillow's decoder and resize, as in the network's training."""
 
     def one(file: Path) -> Pixels:
         with Image.open(file) as image:
@@ -41,7 +41,7 @@ def pillow(side: int) -> Decode:
 
 
 def opencv(side: int, interpolation: int) -> Decode:
-    """Its own cubic does not look at more pixels where it shrinks; INTER_AREA does."""
+    """Return OpenCV's; its cubic filter is not widened when shrinking, INTER_AREA's is."""
     cv2.setNumThreads(1)
 
     def one(file: Path) -> Pixels:
@@ -53,7 +53,7 @@ def opencv(side: int, interpolation: int) -> Decode:
 
 
 def dali(side: int, files: list[Path]) -> Decode:
-    """NVIDIA DALI's pipeline for a CPU, on one thread; its cubic with antialiasing is Pillow's."""
+    """Return NVIDIA DALI's CPU pipeline, on one thread; its antialiased cubic matches Pillow's."""
     data = [np.frombuffer(file.read_bytes(), np.uint8) for file in files]
 
     @pipeline_def(batch_size=len(data), num_threads=1, device_id=None, prefetch_queue_depth=1)

@@ -1,4 +1,4 @@
-"""Sweep the load on each model with perf_analyzer, and write down what came out."""
+"""Sweeps the load on each model with perf_analyzer, and writes a report."""
 
 import argparse
 import contextlib
@@ -20,10 +20,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> int:
-    """Entry point; the exit code."""
+    """Run the command; return the exit code."""
     args = _parser().parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up like Ctrl-C
-    if not find_spec("matplotlib"):  # better now than after ten minutes
+    if not find_spec("matplotlib"):  # fail now, not after ten minutes
         print("load test: pip install -r bench/load/requirements.txt first", file=sys.stderr)
         return 1
     try:
@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace, sweep: Sweep, paths: list[Path]) -> int:
-    """Every load on every model; what was measured is written even where it ends early."""
+    """Run every load on every model; results are written even if the run ends early."""
     served = sweep.triton.facts()
     folder = args.output or RESULTS / f"{datetime.now():%Y-%m-%d-%H%M%S}"
     facts = _facts(args, served, paths)
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace, sweep: Sweep, paths: list[Path]) -> int:
 def _inputs(
     args: argparse.Namespace, folder: Path, pixels: list[int], paths: list[Path]
 ) -> list[tuple[str, str, Path]]:
-    """Model, which images, input file: all that is to be measured. The files stay there."""
+    """Write the input files; return (model, images, input file) for all to be measured."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for megapixels in args.megapixels or [None]:

@@ -1,8 +1,8 @@
-"""perf_analyzer's input files, made of photos: `python -m bench.load.inputs --help`.
+"""perf_analyzer's input files, created from photos: `python -m bench.load.inputs --help`.
 
-perf_analyzer sends what it reads as it is. The wire form of a STRING tensor has a 4-byte length
-(little-endian) before each element, so the base64 must hold that length and then the file; without
-it every request fails.
+perf_analyzer sends the decoded base64 unchanged. The wire format of a STRING tensor has a 4-byte
+length (little-endian) before each element, so the base64 must contain that length and then the
+file; otherwise every request fails.
 """
 
 import argparse
@@ -22,11 +22,11 @@ PHOTOS = Path(__file__).parents[2] / "photos"
 
 
 class NoPhotosError(Exception):
-    """There is nothing to send; the message is for the person."""
+    """There are no photos to send; the message is for the user."""
 
 
 def photos(path: Path) -> list[Path]:
-    """The image files of a folder, or the one file.
+    """Return the image files in a folder, or the one file.
 
     Raises:
         NoPhotosError: there is none.
@@ -43,7 +43,7 @@ def photos(path: Path) -> list[Path]:
 
 
 def resized(photo: Path, megapixels: float) -> bytes:
-    """The photo as a JPEG of about that many megapixels, in its own shape."""
+    """Return the photo as a JPEG of about that many megapixels, with the same aspect ratio."""
     with Image.open(photo) as image:
         scale = math.sqrt(megapixels * 1e6 / (image.width * image.height))
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -53,7 +53,7 @@ def resized(photo: Path, megapixels: float) -> bytes:
 
 
 def write_images(path: Path, files: Sequence[bytes], *, bare: bool = False) -> None:
-    """Requests with one encoded image each, which perf_analyzer sends in turn.
+    """Write requests with one encoded image each, which perf_analyzer sends in turn.
 
     Args:
         bare: leave the shape to the command line (`--shape image:1`).
@@ -63,7 +63,7 @@ def write_images(path: Path, files: Sequence[bytes], *, bare: bool = False) -> N
 
 
 def write_pixels(path: Path, paths: Sequence[Path], height: int, width: int) -> None:
-    """Requests for `vit` itself: what `preprocess` would make of each photo."""
+    """Write requests for `vit` itself: each photo as `preprocess` would decode it."""
     rows = []
     for photo in paths:
         with Image.open(photo) as image:
@@ -83,7 +83,7 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Write files for your own perf_analyzer commands; the load test makes its own."""
+    """Write files for your own perf_analyzer commands; the load test writes its own."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.load.inputs",
         description="Write perf_analyzer's input files: your photos at several sizes, in both "

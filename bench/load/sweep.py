@@ -1,4 +1,4 @@
-"""One load after another: perf_analyzer's figures, and the server's for the same time."""
+"""Runs loads one after another: perf_analyzer's figures, and the server's for the same period."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,22 +11,23 @@ from .triton import STEPS, Counters, Triton
 
 @dataclass(frozen=True)
 class Sweep:
-    """A server, and how each load is put on it."""
+    """A server, and how each load is run on it."""
 
     triton: Triton
     binary: Path
     seconds: float  # of one of the three windows
-    extra: list[str] = field(default_factory=list)  # more arguments for perf_analyzer
+    extra: list[str] = field(default_factory=list)  # additional arguments for perf_analyzer
 
     def point(self, model: str, images: str, data: Path, kind: str, load: float) -> Point:
         """Measure one load ("concurrency" or "rate") on one model.
 
         Raises:
-            PerfAnalyzerError, ServerError: what went wrong.
+            PerfAnalyzerError: the measurement failed.
+            ServerError: the server does not answer.
         """
         if kind == "concurrency":
             how = ["--concurrency-range", f"{load:g}"]
-        else:  # requests come as from independent users, not by the clock
+        else:  # requests arrive as from independent users, not at regular intervals
             how = ["--request-rate-range", f"{load:g}", "--request-distribution", "poisson"]
         arguments = [*self.triton.address.arguments(), *how, *self.extra]
         before = self.triton.counters()
@@ -37,7 +38,7 @@ class Sweep:
 
 
 def _parts(measured: Measured, delta: dict[str, Counters], model: str) -> Parts | None:
-    """Split the mean latency; None where this server has not seen the requests."""
+    """Split the mean latency; return None if this server did not serve the requests."""
     used = {name: each for name, each in delta.items() if each.requests}
     if model not in used or "vit" not in used:
         return None
@@ -49,7 +50,7 @@ def _parts(measured: Measured, delta: dict[str, Counters], model: str) -> Parts 
     return Parts(
         queue=queue,
         preprocess=preprocess,
-        # Not by vit's own counters: vit-server's backend sends answers after they have stopped.
+        # Not from vit's own counters: vit-server's backend sends responses after they stop.
         vit=max(0.0, total - queue - preprocess - postprocess),
         postprocess=postprocess,
         network=max(0.0, measured.mean - total),

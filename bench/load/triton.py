@@ -1,4 +1,4 @@
-"""The server that is measured: its address, what it serves, and its own statistics."""
+"""The server to measure: its address, what it serves, and its statistics."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ STEPS = ("preprocess", "vit", "postprocess")
 
 
 class ServerError(Exception):
-    """The server did not start or does not answer; the message is for the person."""
+    """The server did not start or does not answer; the message is for the user."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Address:
     key_file: str | None = None
 
     def arguments(self) -> list[str]:
-        """The same for perf_analyzer."""
+        """Return the corresponding arguments for perf_analyzer."""
         files = {
             "--ssl-grpc-root-certifications-file": self.ca_file,
             "--ssl-grpc-certificate-chain-file": self.cert_file,
@@ -48,10 +48,10 @@ class Counters:
     executions: int
     queue_ns: int
     compute_ns: int
-    total_ns: int  # of an ensemble until it has all its answers
+    total_ns: int  # for an ensemble, until all its responses are there
 
     def since(self, earlier: "Counters") -> "Counters":
-        """What came in between."""
+        """Return the difference to earlier counters."""
         return Counters(
             self.requests - earlier.requests,
             self.images - earlier.images,
@@ -63,7 +63,7 @@ class Counters:
 
 
 class Triton:
-    """What is asked of the server besides the load."""
+    """Queries to the server besides the load."""
 
     def __init__(self, address: Address) -> None:
         self.address = address
@@ -76,10 +76,10 @@ class Triton:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Versions, and what the builder wrote about the network.
+        """Return versions, and what the builder recorded about the network.
 
         Raises:
-            ServerError: it does not answer, or its models are others.
+            ServerError: it does not answer, or serves other models.
         """
         try:
             server = self._client.get_server_metadata(client_timeout=10)
@@ -95,7 +95,7 @@ class Triton:
         }
 
     def counters(self) -> dict[str, Counters]:
-        """Of each model, ensembles too."""
+        """Return the counters of each model, including ensembles."""
         try:
             all_stats = self._client.get_inference_statistics(client_timeout=10).model_stats
         except InferenceServerException as e:
@@ -118,10 +118,10 @@ def _counters(model: Any) -> Counters:
 
 @contextlib.contextmanager
 def local_server(repository: Path) -> Iterator[Address]:
-    """vit-server on free ports of this machine, stopped at the end.
+    """Run vit-server on free ports of this machine, as a context manager.
 
     Raises:
-        ServerError: it does not start; why, it has said on standard error.
+        ServerError: it does not start; it reported the reason on standard error.
     """
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     vit_server = str(Path(sys.executable).parent / "vit-server")
@@ -143,7 +143,7 @@ def local_server(repository: Path) -> Iterator[Address]:
 
 
 def machine() -> str:
-    """This machine, in words."""
+    """Return a description of this machine."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = next((line for line in cpuinfo.splitlines() if line.startswith("model name")), ": ?")
     return f"{len(os.sched_getaffinity(0))} cores of {name.partition(': ')[2]}"

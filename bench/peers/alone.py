@@ -1,4 +1,4 @@
-"""Without a server: `alone.py WHAT REPOSITORY PHOTOS SECONDS` prints its figures as JSON."""
+"""Benchmarks without a server: `alone.py WHAT REPOSITORY PHOTOS SECONDS` prints JSON figures."""
 
 import contextlib
 import ctypes
@@ -20,11 +20,11 @@ from vit_builder.images import calibration
 
 BATCHES = (1, 2, 4, 8, 16)
 Figures = dict[str, float]
-Ways = dict[str, tuple[Callable[[], object], int]]  # what to run, and how many images it does
+Ways = dict[str, tuple[Callable[[], object], int]]  # what to run, and its images per run
 
 
 def per_second(run: Callable[[], object], images: int, seconds: float) -> float:
-    """Images a second of `run`, which does `images` of them; the first run does not count."""
+    """Return images/s of `run`, which processes `images` of them, after a warm-up run."""
     run()
     count, start = 0, time.perf_counter()
     while (took := time.perf_counter() - start) < seconds or not count:
@@ -34,14 +34,14 @@ def per_second(run: Callable[[], object], images: int, seconds: float) -> float:
 
 
 def best_of(ways: Ways, seconds: float) -> Figures:
-    """Images a second of each way, and the best one's again: the highest of many was lucky too."""
+    """Return images/s of each way; measures the best again, as the highest of many is biased."""
     figures = {name: per_second(*way, seconds / len(ways)) for name, way in ways.items()}
     best = max(figures, key=lambda name: figures[name])
     return {**figures, "best": per_second(*ways[best], seconds)}
 
 
 def torchscript(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """model.pt in a loop at each batch size, with all of torch's threads."""
+    """Run model.pt in a loop at each batch size, with all of torch's threads."""
     keep_memory()
     served = network.Served(repository)
     pixels = _pixels(photos, served.size)
@@ -51,7 +51,7 @@ def torchscript(repository: Path, photos: list[bytes], seconds: float) -> Figure
 
 
 def torchscript_a_core(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """The same with as many loops as cores, each with one thread: nobody waits for the others."""
+    """Run a loop per core, each with one thread, so that no core waits for another."""
     keep_memory()
     served = network.Served(repository)
     pixels = _pixels(photos, served.size)
@@ -68,19 +68,19 @@ def torchscript_a_core(repository: Path, photos: list[bytes], seconds: float) ->
 
 
 def keep_memory() -> None:
-    """As the server's backend does (server/vit_server/backends/pytorch/model.py)."""
+    """Set up malloc as the server's backend does (server/vit_server/backends/pytorch/model.py)."""
     malloc = ctypes.CDLL(None)
     for parameter, value in ((-3, 2**25), (-1, 2**30), (-2, 2**26)):
         malloc.mallopt(parameter, value)
 
 
 def _one_thread() -> None:
-    torch.zeros(1).exp()  # torch sets the process's count at a thread's first use
+    torch.zeros(1).exp()  # at a thread's first use torch applies the process-wide count
     torch.set_num_threads(1)
 
 
 def eager(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """One photo after another, from the file to the answer, through the fp32 network."""
+    """Run the fp32 network on one photo after another, from the file to the result."""
     module = network.eager(repository)
     size = network.sizes(repository).image_size
     turn = itertools.cycle(photos)
@@ -93,7 +93,7 @@ def eager(repository: Path, photos: list[bytes], seconds: float) -> Figures:
 
 
 def pillow(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """Decode and resize, on one core and on all."""
+    """Decode and resize with Pillow, on one core and on all."""
     size = network.sizes(repository).image_size
     many = list(itertools.islice(itertools.cycle(photos), 16 * CORES))
 
@@ -108,9 +108,9 @@ def pillow(repository: Path, photos: list[bytes], seconds: float) -> Figures:
 
 
 def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
-    """The network compiled by OpenVINO, in the same precision: one stream of all cores, and one a
-    core. int8 is by NNCF, calibrated with the same photos; what NNCF leaves out is in fp32, or in
-    bf16."""
+    """Run the network compiled by OpenVINO, in the same precision: with one stream on all cores,
+    and with one per core. int8 is quantised by NNCF, calibrated with the same photos; layers that
+    NNCF skips run in fp32, or in bf16."""
     import openvino as ov  # type: ignore[import-untyped]
 
     module = network.eager(repository)
@@ -143,7 +143,7 @@ def openvino(repository: Path, photos: list[bytes], seconds: float) -> Figures:
 
 
 def _by_nncf(model: Any, size: tuple[int, int]) -> Any:
-    """int8, the way OpenVINO's documentation has it for transformers."""
+    """Quantise to int8 as OpenVINO's documentation recommends for transformers."""
     import nncf  # type: ignore[import-not-found]
 
     images = calibration(None, size).images

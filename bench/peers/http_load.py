@@ -1,5 +1,5 @@
-"""What perf_analyzer does, for HTTP: `http_load.py URL FORM PHOTOS SECONDS concurrency N` or
-`… intervals FILE` (microseconds between requests, one a line). Prints its figures as JSON.
+"""Load generator for HTTP: `http_load.py URL FORM PHOTOS SECONDS concurrency N` or
+`… intervals FILE` (microseconds between requests, one per line). Prints its figures as JSON.
 """
 
 import asyncio
@@ -21,10 +21,10 @@ class Load:
 
     def __init__(self, session: aiohttp.ClientSession, url: str, bodies: list[bytes]) -> None:
         self.session, self.url, self.bodies = session, url, itertools.cycle(bodies)
-        self.done: list[tuple[float, float]] = []  # when it was answered, seconds it took
+        self.done: list[tuple[float, float]] = []  # (time of the response, latency in seconds)
 
     async def ask(self, since: float | None = None) -> None:
-        """One request; `since` is when it should have gone out."""
+        """Send one request; `since` is when it was scheduled."""
         start = since or time.perf_counter()
         headers = {"Content-Type": "application/json"}
         async with self.session.post(self.url, data=next(self.bodies), headers=headers) as answer:
@@ -34,7 +34,7 @@ class Load:
         self.done.append((now, now - start))
 
     async def closed(self, concurrency: int, seconds: float) -> None:
-        """Always so many under way."""
+        """Closed loop: keep that many requests in flight."""
         end = time.perf_counter() + seconds
 
         async def one_after_another() -> None:
@@ -44,7 +44,7 @@ class Load:
         await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
 
     async def open(self, intervals: list[float], seconds: float) -> None:
-        """At given times, whatever the answers do."""
+        """Open loop: send requests at given intervals, regardless of responses."""
         at = time.perf_counter()
         end = at + seconds
         tasks = []

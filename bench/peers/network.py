@@ -1,4 +1,4 @@
-"""The same file and the same preprocessing for everything that is compared."""
+"""The same model file and preprocessing for all servers in the comparison."""
 
 import io
 import json
@@ -22,7 +22,7 @@ MAX_BATCH = 16
 
 
 class Served:
-    """model.pt out of a built repository, as a user would call it from Python."""
+    """model.pt of a built repository, as a user would call it from Python."""
 
     def __init__(self, repository: Path) -> None:
         self.size = sizes(repository).image_size
@@ -32,8 +32,8 @@ class Served:
 
     @torch.inference_mode()
     def embed(self, pixels: Sequence[Pixels]) -> npt.NDArray[np.float32]:
-        """[N, D] for N images."""
-        # As it is served: the profiling executor would specialise on each batch size.
+        """Return the embeddings [N, D] of N images."""
+        # As in the server: the profiling executor would specialise on each batch size.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
             embedding = self.module(torch.from_numpy(np.stack(pixels)))[1]
         result: npt.NDArray[np.float32] = embedding.numpy()
@@ -41,26 +41,26 @@ class Served:
 
 
 def decode(data: bytes, size: tuple[int, int]) -> Pixels:
-    """The pixels that the model `preprocess` makes, by Pillow alone."""
+    """Return the same pixels as the model `preprocess`, by Pillow alone."""
     with Image.open(io.BytesIO(data)) as image:
         rgb = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BICUBIC)
         return np.asarray(rgb)
 
 
 def sizes(repository: Path) -> ViTConfig:
-    """Of the network that was built."""
+    """Return the sizes of the built network."""
     network: dict[str, Any] = _report(repository)["network"]
     return ViTConfig(**{**network, "image_size": tuple(network["image_size"])})
 
 
 def precision(repository: Path) -> str:
-    """Of model.pt: fp32, bf16, fp16 or int8."""
+    """Return the precision of model.pt: fp32, bf16, fp16 or int8."""
     name: str = _report(repository)["precision"]
     return name
 
 
 def eager(repository: Path) -> ServedViT:
-    """The same network in fp32, not traced. Its weights are made: they cost the same."""
+    """Return the same network in fp32, not traced, with random weights, which cost the same."""
     checkpoint = vit_builder.random(sizes(repository))
     top_k = _report(repository)["top_k"]
     return ServedViT(checkpoint.network(), checkpoint, "fp32", top_k).eval()

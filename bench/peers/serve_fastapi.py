@@ -1,5 +1,5 @@
-"""The same model behind a FastAPI endpoint. FastAPI leaves batching to its user: here is the usual
-queue. While one batch runs, the requests that come in become the next.
+"""The same model behind a FastAPI endpoint. FastAPI has no batching, so this has the usual queue:
+while one batch runs, the requests that arrive form the next.
 """
 
 import asyncio

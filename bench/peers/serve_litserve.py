@@ -1,4 +1,4 @@
-"""The same model behind LitServe, batching as its documentation says."""
+"""The same model behind LitServe, with batching as in its documentation."""
 
 import base64
 import sys
