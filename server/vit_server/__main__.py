@@ -1,4 +1,4 @@
-"""The command `vit-server`, also as `python -m vit_server`."""
+"""The command `vit-server`, also available as `python -m vit_server`."""
 
 import signal
 

@@ -159,7 +159,7 @@ def _traced(url: str, rate: int | None) -> str:
 
 
 def _tls(args: argparse.Namespace) -> Tls | None:
-    """The files for TLS, seen to be good: Triton would start, and refuse every client."""
+    """Return the checked TLS files: with bad ones Triton would start, and reject every client."""
     if not args.tls_certificate:
         return None
     tls = Tls(args.tls_certificate, args.tls_key, args.tls_client_ca)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .tritonserver import ServerError
 
-NVIDIA = Path("/opt/tritonserver")  # in its container images
+NVIDIA = Path("/opt/tritonserver")  # NVIDIA's container images
 OUR_BACKENDS = Path(__file__).parent / "backends"
 STUB = "triton_python_backend_stub"
 _LIBTORCH = "libtriton_pytorch.so"

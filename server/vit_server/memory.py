@@ -9,7 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 _COUNTERS = (_CGROUP / "memory.events", _CGROUP / "memory" / "memory.oom_control")  # cgroups v2, v1
 _LIMITS = (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes")
 _SCORE = Path("/proc/self/oom_score_adj")
-_FIRST = 300  # thousandths of the limit
+_FIRST = 300  # added to the OOM score, in thousandths of the limit
 
 
 def limit() -> int:

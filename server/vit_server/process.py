@@ -27,8 +27,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_SECONDS = 10
 ALONE_SECONDS = 10
-CRASH_SECONDS = 3  # to write its stack trace
-UNSENT_SECONDS = 60  # between two lines about traces that cannot be sent
+CRASH_SECONDS = 3  # for a crashed tritonserver to write its stack trace
+UNSENT_SECONDS = 60  # between two messages about traces that cannot be sent
 
 
 _LOAD_FAILURE = re.compile(

@@ -9,7 +9,7 @@ import math
 
 from .tritonserver import SEGMENT
 
-LEAST = 2  # as in the template, whose comment says why
+LEAST = 2  # as in preprocess/config.pbtxt, which explains it
 # Cores that one process keeps busy: a tenth of decoding a photo (0.2 of 2.3 ms), and all work per
 # batch, runs on one thread at a time.
 CORES = 3

@@ -22,7 +22,7 @@ KEY_HEADER = "vit-admin-key"
 
 
 class ServerError(Exception):
-    """The server cannot start or has failed; the message is for the person who started it."""
+    """The server cannot start or has failed; the message is for the user."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .tritonserver import ServerError
 
 _TMP, _SHM = Path("/tmp"), Path("/dev/shm")
 _FOLDER = "vit-server-"  # in /tmp; followed by pid and token
-_SEGMENTS = "vit_server_"  # in /dev/shm, the same
+_SEGMENTS = "vit_server_"  # in /dev/shm; likewise
 _LOCK = "lock"
 
 
