@@ -129,4 +129,4 @@ def wall_clock():
 
 
 def now():
-    return time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while the machine is suspended
+    return time.clock_gettime(time.CLOCK_BOOTTIME)  # includes time suspended
