@@ -117,7 +117,7 @@ class PackedLinear(nn.Module):
         self.packed = weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[N, T, in] -> [N, T, out]."""
+        """Map [N, T, in] to [N, T, out]."""
         if not self.packs:
             out = F.linear(x, self.weight, self.bias)
             if self.gelu:

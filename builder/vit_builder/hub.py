@@ -16,7 +16,7 @@ REPO = f"birder-project/{NAME}"
 ENDPOINT: str | None = None  # huggingface_hub's own: $HF_ENDPOINT, else huggingface.co
 # A branch may move, but its content is pinned: only the two files below are accepted.
 REVISION = "main"
-# The file was published twice: the same numbers under current and under legacy names.
+# The file was published twice: the same values with current and with legacy parameter names.
 SHA256 = (
     "da47dc6bd4f41c347235beba92657b66148180141d0bd629169e84449b629fbb",
     "d6d9fc47ecbad04a83b178bcd2eeecbd77569cc2a17fbdf52e02feda54523c3f",
@@ -37,8 +37,8 @@ def published() -> tuple[Checkpoint, str]:
     The download is verified, then cached as safetensors in `$XDG_CACHE_HOME/vit-builder`.
 
     Raises:
-        HubUnreachable: no answer.
-        HubError: another answer than the published file.
+        HubUnreachable: the hub does not answer.
+        HubError: the hub did not return a published file.
     """
     for sha256 in SHA256:
         if (cached := _cached(sha256)).is_file():

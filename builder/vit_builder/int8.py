@@ -124,7 +124,7 @@ class Int8Linear(nn.Module):
         self.factor = torch.tensor(1 / self.scale)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """fp32 or uint8 [N, T, in] -> fp32 or uint8 [N, T, out]."""
+        """Map fp32 or uint8 [N, T, in] to fp32 or uint8 [N, T, out]."""
         if not self.packs:
             if x.dtype == torch.uint8:
                 x = (x.float() - self.zero) * self.scale

@@ -37,7 +37,7 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the sequence: register tokens, then one token a patch."""
+        """Length of the sequence: register tokens, then one token per patch."""
         return self.num_reg_tokens + self.grid[0] * self.grid[1]
 
 
@@ -114,7 +114,7 @@ class ViT(nn.Module):
 
         Returns:
             logits [N, C]; embedding [N, D], the mean of the patch tokens after the final norm;
-            neck [N, D, H/16, W/16], those same patch tokens in their places.
+            neck [N, D, H/16, W/16], the same patch tokens arranged as a feature map.
         """
         x = self.conv_proj(x).flatten(2).transpose(1, 2)  # [N, patches, D]
         x = torch.cat([self.reg_tokens.expand(x.shape[0], -1, -1), x], dim=1)  # registers first
