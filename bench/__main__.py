@@ -24,12 +24,12 @@ from .load.triton import Address, ServerError, Triton, local_server, machine
 
 HERE = Path(__file__).parent
 CONCURRENCY = 16
-SHARE = 0.8  # of the slowest server's throughput: the load at which latencies are compared
+SHARE = 0.8  # of the slowest server's throughput: the load for comparing latencies
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another server, running."""
+    """Another server that is running."""
 
     url: str
     form: str  # format of a request's body: "json" or "raw"

@@ -8,7 +8,7 @@ Round = dict[str, Any]
 SERVERS = {"served": "this server", "litserve": "LitServe", "fastapi": "FastAPI"}
 LIMIT = "the limit: all cores at Pillow, then at model.pt in its best batch"
 STRICTER = "the same with a loop of model.pt on each core"
-GOALS = {  # at least
+GOALS = {  # minimum
     "served / the limit": 0.92,
     "served / eager": 4.0,
     "served / LitServe": 1.0,
@@ -19,7 +19,7 @@ GOALS = {  # at least
 }
 # With --precision int8: ratio to the same server in the other precision.
 BASE_GOALS = {"fp32": 2.5, "bf16": 1.6}
-LATENCY_GOAL = {"latency of one photo, served / bare": 1.15}  # at most
+LATENCY_GOAL = {"latency of one photo, served / bare": 1.15}  # maximum
 
 
 def slowest(rounds: list[Round]) -> float:

@@ -39,7 +39,7 @@ class Plan:
     sizes: int  # time the first run of each batch size up to this
     matrices: list[int]
     copied: int  # MiB
-    standin: tuple[list[int], list[int]]  # instances, batches
+    standin: tuple[list[int], list[int]]  # instances, batch sizes
     instances: list[int]  # served
     loads: list[Load]
 

@@ -46,7 +46,7 @@ class Network:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint, loaded or generated once: 48 million random numbers take a second."""
+        """The checkpoint, cached: generating 48 million random numbers takes a second."""
         return vit_builder.load(self.file) if self.file else vit_builder.random()
 
     def eager(self, device: Device) -> Run:

@@ -29,7 +29,7 @@ class Device:
         self.kind = kind
 
     def seconds(self, run: Callable[[], object], count: int) -> float:
-        """Return the seconds per run, over `count` runs in a row, by the device's clock."""
+        """Return the total seconds of `count` runs in a row, by the device's clock."""
         if self.kind == "cpu":
             began = time.perf_counter()
             for _ in range(count):

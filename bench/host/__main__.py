@@ -125,7 +125,7 @@ def measure(bench: Bench, count: int) -> dict[str, Any]:
 
 
 def predicted(cores: int, core_ms: float, lock_ms: float) -> tuple[int, float]:
-    """Return the number of processes, and images/s: the lower of the cores' and their limits."""
+    """Return the number of processes, and images/s as limited by the cores and by the GIL."""
     processes = sizing.wanted(cores)
     return processes, min(cores / core_ms, processes / lock_ms) * 1e3
 

@@ -85,7 +85,7 @@ def measure(
     spread is reported instead.
 
     Raises:
-        PerfAnalyzerError: a request failed, or a window was too short for one answer.
+        PerfAnalyzerError: a request failed, or a window was too short for one response.
     """
     command = [str(binary), "-m", model, "-i", "grpc", "--async", "--input-data", str(data)]
     command += ["--measurement-interval", str(round(seconds * 1000)), "-v"]
