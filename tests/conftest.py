@@ -1,4 +1,4 @@
-"""Real servers for the tests: a tiny model for behaviour, the full-size one for numbers."""
+"""Real servers for the tests: a tiny model for behaviour, the full-size one for numerics."""
 
 import contextlib
 import importlib
@@ -31,13 +31,13 @@ Rows = list[bytes] | Array
 
 
 def golden_image(name: str) -> Path:
-    """The file that a golden is about; the photos are those that ship with the project."""
+    """The image file of a golden; photos are those that ship with the project."""
     photo = name.removeprefix("photo-")
     return PHOTOS / photo if photo != name else GOLDENS / "images" / name
 
 
 def png(pixels: Array) -> bytes:
-    """uint8 [H, W, 3] as a file that loses nothing."""
+    """uint8 [H, W, 3] as a lossless file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
@@ -56,14 +56,14 @@ class Server:
     def infer(
         self, model: str, name: str, rows: Rows, datatype: str = "", outputs: Sequence[str] = ()
     ) -> dict[str, Array]:
-        """One request with Triton's own client, to say what the SDK would not.
+        """One request with Triton's own client, for requests that the SDK would not send.
 
         Args:
-            rows: images as bytes, one a row, or an array that is sent as it is.
-            outputs: those that are asked for; all, if there are none.
+            rows: images as bytes, one per row, or an array that is sent unchanged.
+            outputs: the requested outputs; all by default.
 
         Raises:
-            InferenceServerException: what the server said.
+            InferenceServerException: the server returned an error.
         """
         if isinstance(rows, list):
             rows = np.array(rows, np.object_).reshape(-1, 1)
@@ -93,9 +93,9 @@ def serving(
     """Start vit-server as a user would, on free ports; stop it at the end.
 
     Args:
-        errors: whether `process.stderr` is to be read.
-        under: a command that ends by running what follows it.
-        bin: where vit-server is.
+        errors: whether the caller reads `process.stderr`.
+        under: a wrapper command that runs the command appended to it.
+        bin: the folder of vit-server.
     """
     ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
     command = [*under, bin / "vit-server", "--model-repository", repository, *ports, *arguments]
@@ -117,18 +117,18 @@ def serving(
 
 
 def copy(repository: Path, folder: Path) -> Path:
-    """A repository to change."""
+    """A copy of a repository, to modify."""
     return Path(shutil.copytree(repository, folder / "models"))
 
 
 def builder(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """vit-builder, as a user would call it."""
+    """Run vit-builder as a user would."""
     command = [BIN / "vit-builder", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def reloaded(module: torch.jit.ScriptModule, map_location: str = "cpu") -> torch.jit.ScriptModule:
-    """As it is served: weights are packed on loading."""
+    """The module saved and loaded, as it is served: loading packs the weights."""
     buffer = io.BytesIO()
     torch.jit.save(module, buffer)
     buffer.seek(0)
@@ -142,7 +142,7 @@ def built(repository: Path, model: str, name: str = "") -> Path:
 
 
 def at_each_batch(repository: Path, folder: Path, *lines: str) -> Path:
-    """A copy whose `preprocess` runs these lines before each batch; it has `os` and `time`."""
+    """A copy whose `preprocess` runs these lines before each batch, with `os` and `time`."""
     changed = copy(repository, folder)
     code = built(changed, "preprocess", "model.py")
     before = "        self.backlog.wait()\n"
@@ -154,7 +154,7 @@ def at_each_batch(repository: Path, folder: Path, *lines: str) -> Path:
 
 
 def start_and_fail(repository: Path, *arguments: str, under: Sequence[str] = ()) -> str:
-    """The one sentence of vit-server where it must not start."""
+    """The one-line error of a vit-server that must not start."""
     command = [*under, BIN / "vit-server", "--model-repository", repository, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 1
@@ -167,7 +167,7 @@ def start_and_fail(repository: Path, *arguments: str, under: Sequence[str] = ())
 
 @pytest.fixture(scope="session")
 def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny golden model (64 px, 12 classes, 64 dimensions) in fp32, batches to 16."""
+    """The tiny golden model (64 px, 12 classes, 64 dimensions) in fp32, batches up to 16."""
     folder = tmp_path_factory.mktemp("tiny") / "models"
     settings = vit_builder.Settings(precision="fp32", max_batch_size=16, top_k=12)
     vit_builder.build(vit_builder.load(GOLDENS / "tiny.pt"), settings, folder)
@@ -182,7 +182,7 @@ def tiny_server(tiny_repository: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def full_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The full-size network with made weights, in fp32, batches to 4."""
+    """The full-size network with random weights, in fp32, batches up to 4."""
     folder = tmp_path_factory.mktemp("full") / "models"
     settings = vit_builder.Settings(precision="fp32", max_batch_size=4, top_k=100)
     vit_builder.build(vit_builder.random(), settings, folder)

@@ -1,6 +1,6 @@
-"""NVIDIA's image without the image: the wheel's tritonserver, laid out as theirs is.
+"""A stand-in for NVIDIA's image: the wheel's tritonserver in the same layout.
 
-Its `pytorch` is the Python-based backend, where theirs is in C++.
+Its `pytorch` is the Python-based backend; theirs is the C++ one.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ DOCKER = Path(__file__).parents[1] / "docker"
 
 @contextlib.contextmanager
 def nvidia() -> Iterator[tuple[Path, dict[str, str]]]:
-    """A folder like /opt/tritonserver, and the variables that the image would set."""
+    """A folder like /opt/tritonserver, and the environment variables that the image sets."""
     wheel = installation.find()
     with tempfile.TemporaryDirectory(prefix="tritonserver-") as name:
         folder = Path(name)
@@ -38,7 +38,7 @@ def nvidia() -> Iterator[tuple[Path, dict[str, str]]]:
 
 @contextlib.contextmanager
 def container(repository: Path, *arguments: str, **variables: str) -> Iterator[Server]:
-    """vit-server around it, with these environment variables added."""
+    """vit-server with that tritonserver, and these environment variables added."""
     with nvidia() as (folder, env):
         under = ["env", *(f"{name}={value}" for name, value in {**env, **variables}.items())]
         options = ["--tritonserver", str(folder), *arguments]
@@ -48,7 +48,7 @@ def container(repository: Path, *arguments: str, **variables: str) -> Iterator[S
 
 @dataclass(frozen=True)
 class Triton:
-    """A tritonserver that nobody supervises."""
+    """A tritonserver without a supervisor."""
 
     process: subprocess.Popen[bytes]
     grpc_url: str
@@ -56,7 +56,7 @@ class Triton:
     metrics_url: str
 
     def kill_stub(self, model: str) -> None:
-        """End the processes of a Python model: Triton does not start them again."""
+        """Kill the processes of a Python model; Triton does not restart them."""
         stubs = model_processes(self.process.pid, model)
         assert stubs
         for stub in stubs:
@@ -65,7 +65,7 @@ class Triton:
 
 @contextlib.contextmanager
 def plain_triton(repository: Path, metrics: int | None = None) -> Iterator[Triton]:
-    """`tritonserver --model-repository …`, as somebody's own Triton would serve ours."""
+    """`tritonserver --model-repository …`, as in a user's own Triton deployment."""
     http, grpc, free = free_ports(3)
     metrics = metrics or free
     segments = f"plain_{os.getpid()}_{grpc}_"
@@ -82,7 +82,7 @@ def plain_triton(repository: Path, metrics: int | None = None) -> Iterator[Trito
                 metrics_url = f"http://127.0.0.1:{metrics}/metrics"
                 yield Triton(process, f"127.0.0.1:{grpc}", url, metrics_url)
             finally:
-                # All of them; where a stub has died, tritonserver's own way takes 30 s.
+                # The whole group; once a stub has died, a graceful shutdown takes 30 s.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait(60)
@@ -91,14 +91,14 @@ def plain_triton(repository: Path, metrics: int | None = None) -> Iterator[Trito
 
 
 def health(url: str, *options: str) -> tuple[int, str]:
-    """docker/health.py's exit code and what it said, by a Python that has nothing installed."""
+    """Exit code and output of docker/health.py, run without site-packages."""
     command = [sys.executable, "-I", "-S", DOCKER / "health.py", *options, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
 def status(url: str, body: bytes | None = None, **headers: str) -> int:
-    """Of HTTP's answer: to a GET, or to a POST of a body."""
+    """The HTTP status of a GET, or of a POST if there is a body."""
     request = urllib.request.Request(url, body, headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -109,5 +109,5 @@ def status(url: str, body: bytes | None = None, **headers: str) -> int:
 
 
 def post(url: str, body: bytes) -> int:
-    """The status of a request whose body is an image file."""
+    """The HTTP status of an inference request whose body is an image file."""
     return status(url, body, **{"Inference-Header-Content-Length": "0"})

@@ -1,4 +1,4 @@
-"""A real receiver of OpenTelemetry's traces (OTLP over HTTP), which keeps the spans that come."""
+"""A real receiver of OpenTelemetry traces (OTLP over HTTP) that keeps the spans."""
 
 import base64
 import contextlib
@@ -23,7 +23,7 @@ _STATUS = ("unset", "ok", "error")
 
 @dataclass(frozen=True)
 class Event:
-    """What happened at one moment of a span."""
+    """One event of a span."""
 
     name: str
     time: int  # nanoseconds since 1970
@@ -49,11 +49,11 @@ class Span:
 
 
 class Received:
-    """What has come so far."""
+    """The spans received so far."""
 
     def __init__(self, url: str) -> None:
         self.url = url  # to POST to
-        self.headers: list[dict[str, str]] = []  # of each request, their names in lower case
+        self.headers: list[dict[str, str]] = []  # of each request, with lower-case names
         self._spans: list[Span] = []
         self._changed = threading.Condition()
 
@@ -63,7 +63,7 @@ class Received:
             return list(self._spans)
 
     def wait(self, enough: Callable[[list[Span]], Any], seconds: float = 120) -> list[Span]:
-        """All spans, once they are `enough`. AssertionError where they never are."""
+        """All spans, once they are `enough`; AssertionError after `seconds`."""
         with self._changed:
             come = self._changed.wait_for(lambda: enough(list(self._spans)), seconds)
             assert come, f"not enough spans in {seconds} s: {self._spans}"
@@ -78,10 +78,10 @@ class Received:
 
 @contextlib.contextmanager
 def receiver(port: int = 0) -> Iterator[Received]:
-    """Listen on 127.0.0.1, at a free port unless one is named."""
+    """Listen on 127.0.0.1, on a free port by default."""
 
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # exporters keep their connection
+        protocol_version = "HTTP/1.1"  # exporters keep their connections open
 
         def do_POST(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items()}
@@ -119,7 +119,7 @@ def receiver(port: int = 0) -> Iterator[Received]:
 def _request(body: bytes, kind: str) -> ExportTraceServiceRequest:
     request = ExportTraceServiceRequest()
     if kind == "application/json":
-        # OTLP's JSON has ids in hexadecimal where protobuf's has base64.
+        # OTLP's JSON has ids in hexadecimal, protobuf's in base64.
         content = json.loads(body, object_hook=_with_base64)
         json_format.ParseDict(content, request, ignore_unknown_fields=True)
     else:

@@ -1,4 +1,4 @@
-"""What a vit-server consists of, as the kernel sees it, and what it leaves."""
+"""Processes, sockets and temporary files of a vit-server, as the kernel sees them."""
 
 import ipaddress
 import re
@@ -16,14 +16,14 @@ FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
 def descendants(pid: int) -> set[int]:
     """All processes below `pid`."""
     children: set[int] = set()
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # any of them may have started one
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # any thread may have started one
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has exited meanwhile
             children |= set(map(int, thread.read_text().split()))
     return children.union(*map(descendants, children))
 
 
 def gone(pids: set[int], seconds: float = 20) -> bool:
-    """Whether all of these processes end within that time (a zombie has ended)."""
+    """Whether all of these processes exit within that time (a zombie counts as exited)."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if not any(map(_alive, pids)):
@@ -35,7 +35,7 @@ def gone(pids: set[int], seconds: float = 20) -> bool:
 def _alive(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the latter: it ended while it was read
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it exited during the read
         return False
     return stat.rpartition(")")[2][1] != "Z"
 
@@ -49,12 +49,12 @@ def workspaces(pid: int) -> list[Path]:
 
 
 def environments() -> set[Path]:
-    """What Triton's Python backend makes and, ended the hard way, leaves. Of all servers."""
+    """What Triton's Python backends create, and leave behind if killed; of all servers."""
     return set(Path("/tmp").glob("python_env_*"))
 
 
 def model_processes(pid: int, model: str) -> list[int]:
-    """The processes that a model runs in, below the vit-server `pid`."""
+    """The processes of a model, below the vit-server `pid`."""
     return [
         below
         for below in descendants(pid)
@@ -77,7 +77,7 @@ def tritonserver(pid: int) -> int:
 
 
 def listening(pid: int) -> set[tuple[int, str]]:
-    """Port and address of every TCP socket that waits for connections, here and below."""
+    """Port and address of every listening TCP socket of `pid` and the processes below it."""
     inodes = set()
     for below in {pid, *descendants(pid)}:
         for link in Path(f"/proc/{below}/fd").iterdir():
@@ -90,7 +90,7 @@ def listening(pid: int) -> set[tuple[int, str]]:
             fields = line.split()
             if fields[3] == "0A" and fields[9] in inodes:
                 host, _, port = fields[1].rpartition(":")
-                # The kernel writes words of four bytes, each in its own order.
+                # The kernel prints 32-bit words in native byte order.
                 words = struct.pack(
                     f"={len(host) // 8}I",
                     *(int(host[i : i + 8], 16) for i in range(0, len(host), 8)),
@@ -102,7 +102,7 @@ def listening(pid: int) -> set[tuple[int, str]]:
 
 
 def with_mounts(script: str) -> list[str]:
-    """A command that runs another, its further words, after a script with mounts of its own."""
+    """A wrapper that runs `script` in its own mount namespace, then the command appended to it."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this machine has no namespaces for users")

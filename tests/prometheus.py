@@ -21,7 +21,7 @@ Sample = tuple[dict[str, str], float]
 
 
 def program(name: str, cache: Path) -> Path:
-    """`prometheus` or `promtool`; the test is skipped where neither way leads to it."""
+    """Path of `prometheus` or `promtool`; skips the test if neither way provides it."""
     if found := shutil.which(name):
         return Path(found)
     unpacked = cache / "unpacked" / "usr" / "bin" / name
@@ -36,11 +36,11 @@ def program(name: str, cache: Path) -> Path:
 
 
 def _fetch(cache: Path) -> None:
-    """Debian's package into `cache`, with package lists of its own: the system's want root."""
+    """Unpack Debian's package in `cache`, with separate package lists: the system's need root."""
     for folder in ("lists/partial", "archives/partial"):
         (cache / folder).mkdir(parents=True, exist_ok=True)
     places = (f"Dir::State::Lists={cache / 'lists'}", f"Dir::Cache={cache}")
-    # Without the sandbox user, which may not write here.
+    # Without the sandbox user, which has no write permission here.
     options = [f"-o{place}" for place in (*places, "APT::Sandbox::User=")]
     for command in (
         ["apt-get", "-qq", *options, "update"],
@@ -52,7 +52,7 @@ def _fetch(cache: Path) -> None:
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running one, with the project's rules."""
+    """A running Prometheus with the project's rules."""
 
     url: str
 
@@ -65,7 +65,7 @@ class Prometheus:
     def wait(
         self, expression: str, fits: Callable[[float], bool] = lambda _: True, seconds: float = 120
     ) -> list[Sample]:
-        """Ask until there is an answer whose every value fits."""
+        """Query until there is a result and all its values satisfy `fits`."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             samples = self.query(expression)
@@ -84,7 +84,7 @@ def prometheus(metrics_url: str, cache: Path, folder: Path) -> Iterator[Promethe
     (scrape,) = config["scrape_configs"]
     del scrape["dns_sd_configs"]
     target = urllib.parse.urlsplit(metrics_url).netloc
-    # With the labels that a target has in a cluster.
+    # The labels that a target has in a cluster.
     labels = {"namespace": "vit", "pod": "vit-0"}
     scrape["static_configs"] = [{"targets": [target], "labels": labels}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
