@@ -1,4 +1,4 @@
-"""Clients of the tiny model, and images to ask about."""
+"""Clients of the tiny model, and test images."""
 
 import io
 import tempfile
@@ -19,7 +19,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @pytest.fixture(scope="session")
 def url(tiny_server: Any) -> str:
-    """Where the tiny model is served."""
+    """The gRPC address of the tiny model."""
     return str(tiny_server.url)
 
 
@@ -52,7 +52,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def open_to_all(folder: Path) -> None:
-    """Other users may read what is in it."""
+    """Make the folder accessible to other users."""
     for each in (folder, *folder.parents):
         if each == Path(tempfile.gettempdir()):
             return
@@ -60,7 +60,7 @@ def open_to_all(folder: Path) -> None:
 
 
 def images_seen(url: str, model: str) -> int:
-    """By Triton's own count."""
+    """Images that the model has processed, from Triton's statistics."""
     from tritonclient.grpc import InferenceServerClient  # not in test_versions' environments
 
     with InferenceServerClient(url) as triton:

@@ -1,5 +1,5 @@
-"""What stands between a client and the server, in bytes: a peer that speaks HTTP/2 by hand, and one
-that takes no connection."""
+"""Low-level network peers: one with hand-written HTTP/2 frames, and one that accepts no
+connection."""
 
 import contextlib
 import socket
@@ -19,18 +19,18 @@ def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> b
 
 @dataclass
 class Peer:
-    """A server, or a proxy, that answers each call with frames of our choice."""
+    """A server or proxy that answers each call with given frames."""
 
     url: str = ""
-    calls: int = 0  # that were answered here
-    headers: bytes = b""  # of the last, as they came; gRPC writes new ones in plain
-    # What to do with the first call of a connection, one for each; then connections are passed on.
+    calls: int = 0  # calls answered here
+    headers: bytes = b""  # of the last call, still HPACK; gRPC sends new ones as plain text
+    # The answer to the first call of each connection; further connections are forwarded.
     plan: list[Callable[[socket.socket, int], None]] = field(default_factory=list)
 
 
 def end_connection(last_stream: int) -> Callable[[socket.socket, int], None]:
-    """GOAWAY without an error, as for a connection's age: streams up to `last_stream` were begun.
-    Then the connection ends, and with it what was under way."""
+    """GOAWAY without an error, as at a connection's maximum age: streams up to `last_stream` were
+    started. Then the connection is closed, and with it the calls in flight."""
 
     def answer(connection: socket.socket, stream: int) -> None:
         connection.sendall(frame(GOAWAY, payload=struct.pack(">II", last_stream, 0)))
@@ -43,10 +43,10 @@ def end_connection(last_stream: int) -> Callable[[socket.socket, int], None]:
 
 
 def http_status(status: int) -> Callable[[socket.socket, int], None]:
-    """A proxy's own answer, with a page for people."""
+    """A proxy's own response, with an HTML page."""
 
     def answer(connection: socket.socket, stream: int) -> None:
-        # HPACK, literally: name 8 of the static table is :status.
+        # HPACK literals: entry 8 of the static table is :status.
         block = b"\x08\x03%d\x00\x0ccontent-type\x09text/html" % status
         connection.sendall(frame(HEADERS, END_HEADERS, stream, block))
         connection.sendall(frame(DATA, END_STREAM, stream, b"<h1>No</h1>"))
@@ -100,7 +100,7 @@ def _pass_on(connection: socket.socket, target: str) -> None:
 
 @contextlib.contextmanager
 def peering(target: str, *plan: Callable[[socket.socket, int], None]) -> Iterator[Peer]:
-    """A peer before the server at `target`."""
+    """A peer in front of the server at `target`."""
     peer = Peer(plan=list(plan))
     connections: list[socket.socket] = []
     threads: list[threading.Thread] = []
@@ -139,8 +139,8 @@ def peering(target: str, *plan: Callable[[socket.socket, int], None]) -> Iterato
 
 @contextlib.contextmanager
 def dropping_packets() -> Iterator[str]:
-    """An address whose packets are dropped, as by a dead node: Linux does so with connections to a
-    listener whose backlog is full."""
+    """An address whose packets are dropped, as by a dead node: Linux drops connections to a
+    listener with a full backlog."""
     with contextlib.ExitStack() as held:
         listener = held.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))

@@ -1,7 +1,7 @@
-"""A gRPC proxy in front of the real server, for what happens on the way to it.
+"""A gRPC proxy in front of the real server, to inject faults between client and server.
 
-It passes bytes on as they are; it counts and remembers them, holds them up, turns them away as a
-loaded server would, hands them in turn to several servers, and ends TLS.
+It forwards messages unchanged; it can count, record, delay and reject them as an overloaded server
+would, distribute them over several servers, and terminate TLS.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import grpc.aio
 from vit_client import _protocol as pb
 
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")  # a refusal, as Triton says it
+FULL = (grpc.StatusCode.UNAVAILABLE, "Exceeds maximum queue size")  # as Triton rejects
 SERVICE = "/inference.GRPCInferenceService/"
 
 
@@ -25,21 +25,21 @@ class Proxy:
     """A running proxy. Its settings may be changed at any time."""
 
     url: str = ""
-    targets: list[str] = field(default_factory=list)  # the servers, which take turns
+    targets: list[str] = field(default_factory=list)  # the servers, in round-robin order
     calls: list[str] = field(default_factory=list)  # method names, in order of arrival
     headers: dict[str, str] = field(default_factory=dict)  # of the last call
     ids: list[str] = field(default_factory=list)  # of the inference requests
-    forwards: tuple[str, ...] = ()  # names of headers that are passed on
-    delay: float = 0.0  # seconds before each call is passed on
-    # (status, words) for calls to come, one each; the last one stays if `forever`
+    forwards: tuple[str, ...] = ()  # names of headers to forward
+    delay: float = 0.0  # seconds before each call is forwarded
+    # (status, message) for the next calls, one each; the first one for all if `forever`
     refusals: list[tuple[grpc.StatusCode, str]] = field(default_factory=list)
     forever: bool = False
     in_flight: int = 0
-    held: int = 0  # of these, by `delay`
+    held: int = 0  # of these, delayed by `delay`
     most_in_flight: int = 0
     cancelled: int = 0
     sizes: list[int] = field(default_factory=list)  # of the requests, in bytes
-    most: int = 1 << 31  # bytes of a request; larger ones are refused
+    most: int = 1 << 31  # maximum bytes of a request; larger ones are rejected
 
     @property
     def inferences(self) -> int:
@@ -50,7 +50,7 @@ class Proxy:
         self._turn = 0
 
     def target(self) -> grpc.aio.Channel:
-        """To the server whose turn it is."""
+        """The channel to the next server."""
         self._turn += 1
         url = self.targets[self._turn % len(self.targets)]
         if url not in self._channels:
@@ -71,7 +71,7 @@ class Proxy:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await self._hold(self.delay)
-            if len(request) > self.most:  # in gRPC's words
+            if len(request) > self.most:  # with gRPC's message
                 words = f"SERVER: Received message larger than max ({len(request)} vs. {self.most})"
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
             if self.refusals and method == "ModelInfer":
@@ -128,7 +128,7 @@ async def _running(proxy: Proxy, credentials: grpc.ServerCredentials | None) -> 
 
 @contextlib.contextmanager
 def proxying(target: str, credentials: grpc.ServerCredentials | None = None) -> Iterator[Proxy]:
-    """A proxy to `target`, on an event loop in a thread of its own."""
+    """A proxy to `target`, in its own thread and event loop."""
     proxy = Proxy(targets=[target])
     started, stop = threading.Event(), asyncio.Event()
     loop = asyncio.new_event_loop()

@@ -1,6 +1,6 @@
-"""A pytest plugin: the tiny model is already served, at VIT_TEST_URL.
+"""A pytest plugin for a tiny model that is already served, at VIT_TEST_URL.
 
-For tests/client in an environment that has the client and not the server; see test_versions.py.
+For tests/client in an environment with the client but without the server; see test_versions.py.
 """
 
 import os
@@ -11,5 +11,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_server() -> SimpleNamespace:
-    """Stands in for the fixture that starts the server."""
+    """Replaces the fixture that starts the server."""
     return SimpleNamespace(url=os.environ["VIT_TEST_URL"])

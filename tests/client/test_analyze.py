@@ -1,4 +1,4 @@
-"""Several answers of one forward pass: the right ones, and the price of one."""
+"""Several results of one forward pass: their values and their cost."""
 
 import asyncio
 from collections import Counter
@@ -26,7 +26,7 @@ class Everything(NamedTuple):
 
 @dataclass
 class Card:
-    """What birder's own model card asks for."""
+    """The results in birder's own model card."""
 
     probabilities: Array
     embedding: Array
@@ -103,7 +103,7 @@ def test_bad_images_do_not_cost_their_neighbours_the_answers(client: Client) -> 
 def test_it_is_one_pass(
     client: Client, url: str, into: type[Any], ensemble: str, labels: int
 ) -> None:
-    """By Triton's own count of images; and nothing runs, or is asked for a map, for nobody."""
+    """By Triton's count of images; and no model runs, and no map is requested, needlessly."""
     models = ("preprocess", "vit", "postprocess", "analyze", "everything")
 
     def seen() -> Counter[str]:
@@ -119,7 +119,7 @@ def test_it_is_one_pass(
 def test_a_request_has_as_many_images_as_their_answers_allow(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny model's answers: 64 bytes for each of 12 classes and labels, 48 of probabilities,
+    """The tiny model's answers: 64 bytes for each of 12 classes with labels, 48 of probabilities,
     256 of embedding, 4096 of map."""
     monkeypatch.setattr(_engine, "_MAX_ANSWER_BYTES", 2 * (768 + 48 + 256 + 4096))
     with Client(proxy.url) as client:
@@ -157,4 +157,4 @@ def test_arguments_that_do_not_fit_are_refused(client: Client) -> None:
         client.stream(IMAGES, into=Card)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="from 1 to 12"):
         client.analyze(IMAGES[0], top_k=13)
-    assert client.analyze(IMAGES[0], into=Card, top_k=13)  # nobody asks for any
+    assert client.analyze(IMAGES[0], into=Card, top_k=13)  # no predictions requested

@@ -1,4 +1,4 @@
-"""The tasks of one answer against the real server: what comes back for what was given."""
+"""The single-result tasks against the real server."""
 
 import io
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_the_answers_agree_with_each_other(client: Client) -> None:
 
 
 def test_a_long_list_keeps_its_order(client: Client) -> None:
-    """Several requests, answered in whatever order, of which the last is not full."""
+    """Several requests, answered in any order; the last is not full."""
     images = [encoded(seed) for seed in range(70)]
     assert client.model().max_batch_size < len(images)
     together = client.embed(images)
@@ -65,7 +65,7 @@ def test_arrays_belong_to_the_caller(client: Client) -> None:
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.name)
 def test_every_kind_of_image_gives_the_same_pixels(client: Client, path: Path) -> None:
-    """Path, bytes, file and PIL image; the last is decoded and scaled here, not there."""
+    """Path, bytes, file and PIL image; the client decodes and scales the last."""
     expected = client.embed(path)
     np.testing.assert_array_equal(client.embed(str(path)), expected)
     np.testing.assert_array_equal(client.embed(path.read_bytes()), expected)
@@ -109,7 +109,7 @@ def test_a_bad_image_says_which_and_why(client: Client, tmp_path: Path) -> None:
 def test_bad_images_do_not_cost_their_neighbours_the_answers(
     client: Client, tmp_path: Path
 ) -> None:
-    """Broken ones here and there, refused by the server or already by the client."""
+    """Bad images among good ones, rejected by the server or by the client."""
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(encoded(0, "JPEG")[:300])
     images: list[ImageLike] = [encoded(seed) for seed in range(40)]

@@ -1,4 +1,4 @@
-"""The public face: what is exported, and that the two clients are one."""
+"""The public API: its exports, and that both clients are the same."""
 
 import ast
 import importlib.util
@@ -54,7 +54,7 @@ def public_methods(kind: type) -> dict[str, object]:
 
 
 def test_both_clients_have_the_same_methods() -> None:
-    """Looks at the classes, not at the generator that is meant to see to it."""
+    """Compares the classes, not the generator's output."""
     ours, theirs = public_methods(Client), public_methods(AsyncClient)
     assert ours.keys() == theirs.keys()
     for name, method in ours.items():
@@ -78,7 +78,7 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
 
 
 def test_errors_survive_pickling() -> None:
-    """A worker process can hand them to its parent."""
+    """So that a worker process can pass them to its parent."""
     first = BadImage("is empty", index=3, name="a.jpg", task="embed", details="words")
     for error in (first, BadImages([first, first], [None, None, 1]), errors.Overloaded("full")):
         copy = pickle.loads(pickle.dumps(error))

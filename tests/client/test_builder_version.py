@@ -1,4 +1,4 @@
-"""A client says so where the model was built by a version that it may not understand."""
+"""A client warns if the model was built by a version that may be incompatible."""
 
 import logging
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ PHOTO = PHOTOS / "coffee.jpg"
 def newer_server(
     tiny_repository: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """As if a later vit-builder had built its model."""
+    """A server whose model seems to be built by a later vit-builder."""
     repository = copy(tiny_repository, tmp_path_factory.mktemp("newer"))
     config = repository / "vit" / "config.pbtxt"
     text = config.read_text()

@@ -1,4 +1,4 @@
-"""The command, run as a user runs it."""
+"""The command, run as by a user."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def vit_client(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images, one of them in a subfolder, one in a hidden one, and a text."""
+    """Three images, one in a subfolder and one in a hidden folder, and a text file."""
     for number, name in enumerate(["a.png", "b.JPG", "sub/c.webp", ".hidden/d.png"]):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ def test_a_file_that_fails_is_reported_and_the_rest_go_on(url: str, folder: Path
 
 
 def test_an_untrained_model_is_warned_of(url: str, folder: Path) -> None:
-    """The tiny model is one with given weights, which the server calls trained."""
+    """The tiny model has given weights, so the server reports it as trained."""
     assert "untrained" not in vit_client(url, "classify", folder / "a.png").stderr
 
 
@@ -166,7 +166,7 @@ def test_mistakes_are_one_clear_line(url: str, arguments: list[str], code: int, 
 
 
 def in_shell(url: str, line: str) -> "subprocess.CompletedProcess[str]":
-    # Where Python does not buffer, there is nothing left for it to write at its end.
+    # Without buffering there would be nothing left to write at exit.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     ran = subprocess.run(
         f"{COMMAND} {line}",

@@ -1,4 +1,4 @@
-"""`embed -o --top-k`: the best classes beside the vectors, from one forward pass."""
+"""`embed -o --top-k`: the best classes together with the vectors, from one forward pass."""
 
 import sqlite3
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_without_top_k_there_are_none(url: str, photos: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_many_blocks_and_labels_of_any_length(tmp_path: Path, form: str) -> None:
-    """Through the journal: what it keeps is what was added, to the last bit."""
+    """Through the journal, which keeps them bit for bit."""
     need(form)
     images = [f"{row}.png" for row in range(7)]
     answers = [
@@ -111,7 +111,7 @@ def test_labels_that_are_all_empty(tmp_path: Path) -> None:
 
 
 def leave_behind(output: Path, client: Client, photo: Path, top_k: int) -> None:
-    """What an interrupted run would, but for the numbers."""
+    """Leave the journal of an interrupted run, with made-up numbers."""
     journal = Journal(output, describe(client.model()), top_k)
     wrong = Analysis([Prediction("wrong", 0, 1.0)] * top_k, np.zeros(64, np.float32))
     journal.add(str(photo), wrong)
@@ -166,7 +166,7 @@ def test_a_top_k_out_of_range_costs_nothing(
     leave_behind(output, client, photo, 3)
     assert vit_client(url, "embed", photo, "-o", output, "-k", 13).returncode == 2
     assert images_seen(url, "vit") == seen
-    ran = vit_client(url, "embed", photo, "-o", output, "-k", 3)  # what was done is still there
+    ran = vit_client(url, "embed", photo, "-o", output, "-k", 3)  # the journal is kept
     assert "resuming: 1 of 1" in ran.stderr
     assert classes_in(output) == [[Prediction("wrong", 0, 1.0)] * 3]
 
@@ -181,7 +181,7 @@ def test_safetensors_have_no_classes(photos: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_images_with_classes_now(url: str, photos: Path, tmp_path: Path) -> None:
-    """They replace the file without; standard input has some too."""
+    """They replace the file without classes; standard input gets classes too."""
     output = tmp_path / "out.npz"
     vit_client(url, "embed", photos, "-o", output)
     ran = vit_client(url, "embed", photos, "-", "-o", output, "-k", 2, stdin=encoded(5))

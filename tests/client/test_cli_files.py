@@ -1,4 +1,4 @@
-"""What the command writes to files: whole or not at all, and resumed after an interruption."""
+"""Files written by the command: atomic, and resumed after an interruption."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def need(form: str) -> None:
 
 
 def classes_in(output: Path) -> list[list[Prediction]]:
-    """Of each row, as the library that defines the format reads them."""
+    """The classes of each row, read with the library that defines the format."""
     if output.suffix == ".npz":
         with np.load(output) as arrays:
             columns = [arrays[name].tolist() for name in ("labels", "indices", "scores")]
@@ -41,7 +41,7 @@ def classes_in(output: Path) -> list[list[Prediction]]:
 
 
 def assert_same_classes(got: list[list[Prediction]], expected: list[list[Prediction]]) -> None:
-    """But for rounding, which depends on what is asked at once."""
+    """Equal except for rounding, which depends on the batch."""
     for one, other in zip(got, expected, strict=True):
         named = [(guess.label, guess.index) for guess in other]
         assert [(guess.label, guess.index) for guess in one] == named
@@ -75,7 +75,7 @@ def test_embeddings_are_found_again(
 def test_the_files_are_what_others_read(
     url: str, client: Client, photos: Path, tmp_path: Path
 ) -> None:
-    """Each format by the library that defines it."""
+    """Reads each format with the library that defines it."""
     paths = sorted(photos.iterdir())
     expected = client.embed(paths)
     names = [str(path) for path in paths]
@@ -127,7 +127,7 @@ def test_a_name_that_is_not_text_is_resumed(tmp_path: Path) -> None:
     journal.close()
 
 
-# Files cannot grow beyond so many bytes: as on a full disk.
+# Limits the size of files, like a full disk.
 SMALL_DISK = """
 import resource, sys
 from vit_client.cli import _journal, main
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_to(url: str, photos: Path, arguments: l
     [["embed", "-o", "x.npz"], ["features", "-o", "x.npz"], ["features", "--picture", "x.png"]],
 )
 def test_a_folder_of_somebody_else(photos: Path, tmp_path: Path, arguments: list[str]) -> None:
-    """Is told before the work. As a user other than root, who may write anywhere."""
+    """Is reported before any work. Run as a user other than root, who can write anywhere."""
     verb, option, name = arguments
     open_to_all(photos)
     as_nobody = (
@@ -221,7 +221,7 @@ def test_a_folder_of_somebody_else(photos: Path, tmp_path: Path, arguments: list
     assert ran.returncode == 5
 
 
-# The file has every answer as soon as it is there.
+# Commits every result at once.
 COMMITS_AT_ONCE = """
 import sys
 from vit_client.cli import _journal, main
@@ -236,7 +236,7 @@ sys.exit(main(sys.argv[1:]))
 def test_an_interrupted_run_is_resumed(
     url: str, photos: Path, tmp_path: Path, form: str, top_k: list[str]
 ) -> None:
-    """Ctrl-C while it waits for an image that does not come, then the same command again."""
+    """Ctrl-C while it waits for an image that never arrives, then the same command again."""
     need(form)
     output = tmp_path / f"out.{form}"
     output.write_text("what was there before")
@@ -250,9 +250,9 @@ def test_an_interrupted_run_is_resumed(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        writer = os.open(pipe, os.O_WRONLY)  # waits until someone reads it
+        writer = os.open(pipe, os.O_WRONLY)  # blocks until there is a reader
         try:
-            # The server takes 16 at once: the pipe is in the second request.
+            # The server accepts 16 per request: the pipe is in the second one.
             wait_until_done(partial, [photos / f"{seed:02}.png" for seed in range(16)])
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=60)
@@ -266,7 +266,7 @@ def test_an_interrupted_run_is_resumed(
 
     pipe.unlink()
     pipe.write_bytes(encoded(99))
-    (photos / "00.png").write_bytes(encoded(100))  # changed since: must be asked again
+    (photos / "00.png").write_bytes(encoded(100))  # changed since: must be processed again
     ran = vit_client(url, *arguments)
     assert "resuming: 15 of 21 images are already done" in ran.stderr
     assert ran.returncode == 0
@@ -281,7 +281,7 @@ def test_an_interrupted_run_is_resumed(
 
 
 def wait_until_done(partial: Path, photos: list[Path]) -> None:
-    """Until the journal has all of them."""
+    """Wait until the journal has all of them."""
     for _ in range(1200):
         held = partial.read_bytes() if partial.exists() else b""
         if all(os.fsencode(photo) in held for photo in photos):
@@ -297,7 +297,7 @@ def test_other_images_are_not_replaced(url: str, photos: Path, tmp_path: Path, f
     some = sorted(photos.iterdir())
     assert vit_client(url, "embed", *some[:3], "-o", output).returncode == 0
     before = output.read_bytes()
-    ran = vit_client("localhost:1", "embed", *some[1:4], "-o", output)  # before it asks anything
+    ran = vit_client("localhost:1", "embed", *some[1:4], "-o", output)  # before any request
     assert f"{output} has 1 images that are not among these 3, for example {some[0]}" in ran.stderr
     assert "--overwrite" in ran.stderr
     assert "--files-from -" in ran.stderr
@@ -341,7 +341,7 @@ def test_images_that_fail_now_are_not_lost(url: str, photos: Path, tmp_path: Pat
 
 
 def test_xargs_batches_and_a_list(url: str, photos: Path, tmp_path: Path) -> None:
-    """`xargs` runs the command several times: the second may not replace what the first wrote."""
+    """`xargs` runs the command several times: the second must not overwrite the first's output."""
     output = tmp_path / "out.npz"
 
     def find(line: str) -> "subprocess.CompletedProcess[str]":
@@ -378,7 +378,7 @@ def test_two_runs_do_not_mix(url: str, photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("images", [0, 1])
 def test_another_models_partial_result(url: str, photos: Path, tmp_path: Path, images: int) -> None:
-    """Is neither mixed with this one's nor thrown away."""
+    """Is neither mixed with this model's results nor discarded."""
     from vit_client.cli._journal import Journal
 
     output = tmp_path / "out.npz"
@@ -494,7 +494,7 @@ def test_features_are_saved_and_drawn(
 
 
 def test_a_pipe_is_read_once(url: str, photos: Path, tmp_path: Path) -> None:
-    """The picture is of what was sent."""
+    """The picture shows the image that was sent."""
     picture = tmp_path / "map.png"
     vit_client(url, "features", photos / "00.png", "--picture", picture)
     expected = picture.read_bytes()
@@ -515,7 +515,7 @@ def test_a_pipe_is_read_once(url: str, photos: Path, tmp_path: Path) -> None:
         assert picture.read_bytes() == expected
 
 
-# As with a Pillow that has no decoder for AVIF, which the server reads.
+# Simulates a Pillow without a decoder for AVIF, which the server reads.
 WITHOUT_AVIF = """
 import sys
 from PIL import Image
@@ -539,12 +539,12 @@ def test_a_picture_that_cannot_be_drawn(url: str, photos: Path, tmp_path: Path) 
     assert ran.stderr.startswith(f"vit-client: {photo}: no picture: Pillow cannot read it here")
     assert ran.stderr.count("\n") == 1
     assert ran.returncode == 1
-    assert neck.exists()  # this can be had all the same
+    assert neck.exists()  # it does not depend on the picture
     assert not picture.exists()
 
 
 def test_pictures_of_any_shape(url: str, tmp_path: Path) -> None:
-    """One row of pixels; and what Pillow alone would call a bomb, but the server takes."""
+    """One row of pixels; and what Pillow calls a decompression bomb but the server accepts."""
     photo, picture = tmp_path / "a.png", tmp_path / "map.png"
     for size, expected in (((40000, 1), (4096, 1)), ((2, 9000), (2, 512))):
         Image.new("RGB", size).save(photo)
@@ -591,7 +591,7 @@ def test_features_are_refused_before_the_work(
 
 
 def test_patches_that_are_alike_have_one_colour() -> None:
-    """Two kinds of patches, left and right; and a map without any difference."""
+    """Two kinds of patches, left and right; and a uniform map."""
     neck = np.zeros((8, 4, 6), np.float32)
     neck[:, :, 3:] = np.arange(8, dtype=np.float32)[:, None, None]
     colours = principal_colours(neck)

@@ -1,4 +1,4 @@
-"""What a command line names: folders with everything that is found in them, lists, and mistakes."""
+"""Inputs of the command line: folders with all kinds of contents, lists, and mistakes."""
 
 import ast
 import json
@@ -50,7 +50,7 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     fill(tmp_path, "private.png")
     (photos / "sub" / "self").symlink_to(".")
     (photos / "sub" / "up").symlink_to("..")
-    (photos / "out").symlink_to(tmp_path)  # has this folder in it, as /, a wine drive, has
+    (photos / "out").symlink_to(tmp_path)  # contains this folder, like a wine drive for /
     (tmp_path / "here").symlink_to(photos)
     assert below(photos) == ["a.png", "sub/b.png"]
     assert below(tmp_path / "here") == ["a.png", "sub/b.png"]
@@ -89,7 +89,7 @@ def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
 
 
 def test_unreadable_folders_are_told(tmp_path: Path) -> None:
-    """As a user who may not read them: the superuser may."""
+    """Run as a user without permission, because root has it."""
     photos = fill(tmp_path, "a.png", "locked/b.png")
     (photos / "locked").chmod(0)
     open_to_all(photos)
@@ -118,7 +118,7 @@ def test_litter_and_what_is_excluded(tmp_path: Path) -> None:
     assert below(photos, "raw/", "*_small.*") == ["a.png", "sub/e.png"]
     assert below(photos, "sub/raw") == ["a.png", "raw/b.png", "sub/d_small.png", "sub/e.png"]
     assert below(photos, "sub/*.png", "sub/raw/*") == ["a.png", "raw/b.png"]
-    assert below(photos / "@eaDir") == ["a.png/SYNOPHOTO_THUMB_XL.jpg"]  # asked for by name
+    assert below(photos / "@eaDir") == ["a.png/SYNOPHOTO_THUMB_XL.jpg"]  # named explicitly
     found = images_below(str(photos), [])
     assert found.litter == {"@eaDir": 2, "#recycle": 1, "$RECYCLE.BIN": 1, "__MACOSX": 1}
     assert not found.skipped
@@ -199,7 +199,7 @@ def test_one_mistake_among_good_files(
     assert len(ran.stderr) < 400
     assert ran.stderr.count("\n") == 1
     assert ran.returncode == 1
-    ran = vit_client(url, "embed", mistake)  # nothing but this
+    ran = vit_client(url, "embed", mistake)  # the only argument
     assert words in ran.stderr
     assert len(ran.stderr) < 400
     assert ran.returncode == code
@@ -234,7 +234,7 @@ def test_names_of_control_characters_stay_on_their_line(url: str, tmp_path: Path
 
 def test_patterns_as_a_shell_has_them(url: str, tmp_path: Path) -> None:
     photos = fill(tmp_path, "a.png", "sub/b.png")
-    (photos / "sub" / "self").symlink_to(".")  # Python's ** would come by forty times
+    (photos / "sub" / "self").symlink_to(".")  # Python's ** follows it forty times
     (photos / "dead.png").symlink_to("/not/there")
     ran = vit_client(url, "embed", photos / "**" / "*.png", "--json")
     names = [json.loads(line)["image"] for line in ran.stdout.splitlines()]
@@ -258,7 +258,7 @@ def names_of(ran: "subprocess.CompletedProcess[str]") -> list[str]:
 def test_a_list_of_names(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], text: bytes
 ) -> None:
-    """Each is a file as it is called."""
+    """Each is the literal name of a file."""
     fill(tmp_path, "a.png", "b.png", "[1]*.png", "-o.png", "-", "1.png")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "list.txt").write_bytes(text)

@@ -1,4 +1,4 @@
-"""Ctrl-C while the command waits for what never comes."""
+"""Ctrl-C while the command waits for input that never arrives."""
 
 import fcntl
 import os
@@ -36,7 +36,7 @@ def running(url: str, *command: object) -> "Iterator[subprocess.Popen[str]]":
 
 
 def opened_for_reading(pipe: Path) -> int:
-    """Wait until someone reads `pipe`; returns a descriptor that keeps it open and empty."""
+    """Wait for a reader of `pipe`; returns a descriptor that keeps it open and empty."""
     return os.open(pipe, os.O_WRONLY)
 
 
@@ -86,7 +86,7 @@ def test_standard_input_that_never_ends(
 
 
 def wait_until_empty(pipe: int) -> None:
-    """Until its other end has been read: then somebody waits there for more."""
+    """Wait until the pipe is drained: then its reader is blocked."""
     for _ in range(600):
         (left,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))
         if not left:
@@ -95,7 +95,7 @@ def wait_until_empty(pipe: int) -> None:
     pytest.fail("nobody reads it")
 
 
-# What takes the first for nothing.
+# Ignores the first Ctrl-C.
 HANGS = """
 import sys, time
 from vit_client.cli import _parser, main
@@ -123,7 +123,7 @@ def test_the_second_ends_it_whatever_hangs() -> None:
         assert process.stderr.read() == ""
 
 
-# Python itself waits for a thread, after the command has ended.
+# Python joins a thread after the command has ended.
 HANGS_AT_EXIT = """
 import sys, threading, time
 from vit_client.cli import _parser, main
@@ -149,7 +149,7 @@ def test_the_second_ends_what_python_waits_for() -> None:
 
 
 def test_a_job_in_the_background_is_left_alone(url: str) -> None:
-    """Its Ctrl-C is for others: a shell without job control has it ignored."""
+    """Ctrl-C is not meant for it: a shell without job control makes it ignore SIGINT."""
     ignoring = f"trap '' INT; exec {COMMAND} classify -"
     with running(url, "sh", "-c", ignoring) as process:
         assert process.stdin is not None
@@ -163,7 +163,7 @@ def test_a_job_in_the_background_is_left_alone(url: str) -> None:
         assert process.returncode == 1
 
 
-# The main thread never comes back from C, which is when Python does not run its handlers.
+# The main thread never returns from C, so Python does not run its handlers.
 HANGS_IN_C = """
 import ctypes, sys
 from vit_client.cli import _parser, main
@@ -187,7 +187,7 @@ def test_the_second_ends_a_stalled_main_thread() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "hanging\n"
         process.send_signal(signal.SIGINT)
-        # A signal that comes while the first is still pending would be one with it.
+        # A signal sent while the first is pending would be merged with it.
         assert signal_is_taken(process.pid)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130

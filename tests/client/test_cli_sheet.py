@@ -1,4 +1,4 @@
-"""`--sheet`: the answers as one picture, besides what is printed."""
+"""`--sheet`: the results as one picture, besides the printed output."""
 
 import io
 import json
@@ -30,7 +30,7 @@ BACKGROUND = (0xF1, 0xF1, 0xF1)
 
 
 class Drawn:
-    """A sheet as someone sees it."""
+    """The pixels of a sheet, by cell."""
 
     def __init__(self, path: Path, columns: int, lines: int) -> None:
         with Image.open(path) as picture:
@@ -53,7 +53,7 @@ class Drawn:
         return self.pixels[y : y + 17, x : x + TILE]
 
     def left_of(self, cell: int) -> Pixels:
-        """What is between the texts of a cell and the one before."""
+        """The area between the texts of a cell and of the one before."""
         y, x = self._corner(cell)
         return self.pixels[y + TILE + GAP // 4 :, x - GAP + 1 : x - 1][: self.text_height]
 
@@ -63,12 +63,12 @@ class Drawn:
 
 
 def has_text(pixels: Pixels) -> bool:
-    """Whether there is ink of enough contrast on white or grey."""
+    """Whether there is text with enough contrast on white or grey."""
     return bool((pixels.min(axis=2) < 0x80).any())
 
 
 def enlarged(seed: int) -> Pixels:
-    """One of the 64 × 64 photos, its pixels as squares."""
+    """One of the 64 × 64 photos, with pixels enlarged to squares."""
     return pixels(seed).repeat(3, axis=0).repeat(3, axis=1)
 
 
@@ -78,12 +78,12 @@ def test_classify(url: str, photos: Path, tmp_path: Path, form: list[str]) -> No
     without = vit_client(url, "classify", photos, *form)
     ran = vit_client(url, "classify", photos, *form, "--sheet", sheet)
     assert (ran.stdout, ran.stderr, ran.returncode) == (without.stdout, "", 0)
-    assert list(tmp_path.glob("*.*")) == [sheet]  # and nothing temporary
+    assert list(tmp_path.glob("*.*")) == [sheet]  # and no temporary file
     drawn = Drawn(sheet, columns=7, lines=4)
     assert drawn.pixels.shape == (*drawn.size_for(rows=3), 3)
     for seed in range(20):
         np.testing.assert_array_equal(drawn.tile(seed), enlarged(seed))
-        # The three best of five classes, with their scores to the right; then the name.
+        # The best three of five classes, with scores on the right; then the name.
         for line in range(3):
             assert has_text(drawn.text(seed, line)[:, :60])
             assert has_text(drawn.text(seed, line)[:, -30:])
@@ -104,7 +104,7 @@ def test_similar(url: str, client: Client, photos: Path, tmp_path: Path) -> None
     query = photos / "07.png"
     without = vit_client(url, "similar", query, "--to", table, "-n", 3, "--json")
     rows = [json.loads(line) for line in without.stdout.splitlines()]
-    Path(rows[2]["image"]).unlink()  # moved since
+    Path(rows[2]["image"]).unlink()  # deleted since
     ran = vit_client(url, "similar", query, "--to", table, "-n", 3, "--json", "--sheet", sheet)
     assert (ran.stdout, ran.stderr, ran.returncode) == (without.stdout, "", 0)
     drawn = Drawn(sheet, columns=4, lines=2)
@@ -116,7 +116,7 @@ def test_similar(url: str, client: Client, photos: Path, tmp_path: Path) -> None
     for cell in range(4):
         assert has_text(drawn.text(cell, 0))
         assert has_text(drawn.text(cell, 1))
-    # The query alone has a frame.
+    # Only the query has a frame.
     assert is_coloured(drawn.pixels[GAP - 3, GAP : GAP + TILE]).all()
     assert (drawn.pixels[GAP - 3, TILE + 2 * GAP :] == 255).all()
 
@@ -126,7 +126,7 @@ def is_coloured(colours: Pixels) -> Any:
 
 
 def tells_a_problem(tile: Pixels) -> bool:
-    """In red, on what is otherwise empty."""
+    """Whether the tile has red text and is otherwise empty."""
     red = (tile[..., 0].astype(int) - tile[..., 1]) > 60
     empty = (tile == BACKGROUND).all(axis=2)
     return bool(red.any() and empty.mean() > 0.8)
@@ -161,7 +161,7 @@ def test_what_pillow_cannot_read_here_has_a_cell(url: str, tmp_path: Path) -> No
     assert (ran.stderr, ran.returncode) == ("", 0)
     drawn = Drawn(sheet, columns=1, lines=4)
     assert tells_a_problem(drawn.tile(0))
-    assert has_text(drawn.text(0, 0)[:, -30:])  # the answer is there
+    assert has_text(drawn.text(0, 0)[:, -30:])  # the result is shown
 
 
 def test_a_sheet_has_a_bounded_number_of_cells(url: str, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_what_can_be_read_only_once(url: str, photos: Path, tmp_path: Path, line
         drawn = Drawn(sheet, *((1, 4) if verb == "classify" else (3, 2)))
         np.testing.assert_array_equal(drawn.tile(0), enlarged(3))
         sheet.unlink()
-    # What came from standard input when the table was made is nowhere now.
+    # The image from standard input is no longer available.
     np.testing.assert_array_equal(drawn.tile(1), enlarged(3))
     assert tells_a_problem(drawn.tile(2))
 
@@ -208,8 +208,8 @@ def test_what_can_be_read_only_once(url: str, photos: Path, tmp_path: Path, line
     ("name", "words"),
     [
         ("sheet.xyz", "sheet.xyz: cannot write pictures of this kind; try .png"),
-        ("sheet.xbm", "sheet.xbm: cannot write pictures of this kind; try .png"),  # bits only
-        ("", "is a folder"),  # of a variable that is not set
+        ("sheet.xbm", "sheet.xbm: cannot write pictures of this kind; try .png"),  # 1 bit only
+        ("", "is a folder"),  # an unset shell variable
         ("sheet", "sheet: cannot write pictures of this kind; try .png"),
         ("no/sheet.png", "no such folder"),
         ("photos", "is a folder"),
@@ -226,7 +226,7 @@ def test_what_is_refused_before_the_work(
     np.savez(table, images=names, embeddings=np.ones((20, 64), np.float32))
     before = sorted(tmp_path.rglob("*"))
     for arguments in (["classify", photos], ["similar", photos / "00.png", "--to", table]):
-        # The server that is not there would be told with exit code 3.
+        # Fails before connecting: an unreachable server is exit code 3.
         ran = vit_client("localhost:1", *arguments, "--sheet", name and tmp_path / name)
         assert words in ran.stderr
         assert ran.stderr.count("\n") == 1
@@ -354,7 +354,7 @@ def test_long_names_keep_their_end(tmp_path: Path) -> None:
     assert name.startswith(start)
     assert name.endswith(end)
     assert end.endswith("end 0123.jpg")
-    # As much of it as there is room for.
+    # As much of it as fits.
     assert TILE - 10 < sheet._font.getlength(cut) <= TILE
     assert sheet._cut("short.jpg", TILE, _sheet._middle_cut) == "short.jpg"
 
@@ -365,7 +365,7 @@ def saved(image: Image.Image, path: Path, **options: Any) -> str:
 
 
 def test_thumbnails_have_the_pixels_that_the_model_sees(tmp_path: Path) -> None:
-    """RGB as Pillow converts it: alpha dropped, 16 bits cut, not turned as EXIF has it."""
+    """RGB as Pillow converts it: alpha dropped, 16 bits cut, EXIF orientation ignored."""
     size = (TILE, TILE)
     colours = pixels(1, TILE, TILE)
     alpha = np.zeros((TILE, TILE, 1), np.uint8)
@@ -414,7 +414,7 @@ def test_a_large_jpeg_is_decoded_small(tmp_path: Path) -> None:
 
 
 def test_only_what_the_server_would_open_is_opened(tmp_path: Path) -> None:
-    """Pillow would start Ghostscript for EPS; and names come from other people's files too."""
+    """Pillow would start Ghostscript for EPS; and names may come from untrusted files."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "EPS")
     path = tmp_path / "photo.jpg"

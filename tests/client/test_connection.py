@@ -29,7 +29,7 @@ IMAGE = encoded(0)
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca.pem, and pairs that it signed: localhost.pem and .key, and only-name.pem and .key for
+    """ca.pem, and pairs signed by it: localhost.pem and .key, and only-name.pem and .key for
     vit.example.com."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make certificates with")
@@ -100,7 +100,7 @@ def test_tls_where_plain_text_is_wanted(url: str) -> None:
 
 
 def test_tls_files_are_checked(tmp_path: Path) -> None:
-    """As the client is made: gRPC would say no more than that it reaches nobody."""
+    """On creation of the client: gRPC would only report that no server is reachable."""
     some = tmp_path / "some.pem"
     some.write_text("words")
     with pytest.raises(ConfigurationError, match="both cert_file and key_file"):
@@ -125,7 +125,7 @@ def test_a_certificate_and_the_key_of_another(certificates: Path) -> None:
         Client(cert_file=key, key_file=cert)
     encrypt = ["openssl", "rsa", "-in", key, "-aes128", "-passout", "pass:x", "-out", "locked.key"]
     subprocess.run(encrypt, cwd=certificates, check=True, capture_output=True)
-    with pytest.raises(ConfigurationError, match="not encrypted"):  # and nothing is asked
+    with pytest.raises(ConfigurationError, match="not encrypted"):  # and there is no prompt
         Client(cert_file=cert, key_file=certificates / "locked.key")
     Client(cert_file=cert, key_file=key).close()
 
@@ -154,7 +154,7 @@ def test_the_authority_is_sent(monkeypatch: pytest.MonkeyPatch, authority: str) 
 def test_with_tls_the_authority_is_the_name_of_the_certificate(
     url: str, certificates: Path
 ) -> None:
-    """The one for localhost, at an address that it does not have."""
+    """The certificate is for localhost, but the address is not."""
     pair = [((certificates / f"only-name.{kind}").read_bytes()) for kind in ("key", "pem")]
     credentials = grpc.ssl_server_credentials([(pair[0], pair[1])])
     ca = certificates / "ca.pem"
@@ -394,7 +394,7 @@ def test_bad_headers(headers: dict[str, str]) -> None:
 
 
 def test_large_messages_pass_whatever_the_channel_options(url: str) -> None:
-    """gRPC's own limit is 4 MiB; this image is larger."""
+    """gRPC's default limit is 4 MiB; this image is larger."""
     big = b"P6 2000 1000 255\n" + bytes(6_000_000)
     with Client(url, channel_options=[("grpc.primary_user_agent", "mine")]) as client:
         assert client.embed(big).shape == (64,)
@@ -478,7 +478,7 @@ def test_health(client: Client, url: str) -> None:
 
 
 def test_healthy_is_what_answers_an_image(proxy: Proxy) -> None:
-    """Triton stays ready when one of its models has died."""
+    """Triton stays ready even if one of its models has died."""
     proxy.refusals = [(grpc.StatusCode.INTERNAL, "Stub process is not healthy")]
     with Client(proxy.url) as client:
         health = client.health()

@@ -1,4 +1,4 @@
-"""Programs whose threads have been replaced by greenlets."""
+"""Programs whose threads are replaced by greenlets."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def said(code: str, url: str, patched: str) -> str:
 @pytest.mark.parametrize("code", [EARLY, LATE, USED, ASYNC], ids=["early", "late", "used", "async"])
 @pytest.mark.parametrize("patched", ["", "select=False", "thread=False"])
 def test_greenlets_are_refused_at_once(url: str, code: str, patched: str) -> None:
-    """A call would hang, and so would Ctrl-C."""
+    """Otherwise a call would hang and ignore Ctrl-C."""
     assert "patch_all(thread=False, select=False)" in said(code, url, patched)
 
 

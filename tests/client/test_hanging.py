@@ -1,4 +1,4 @@
-"""Images that never come: pipes that nobody writes to stand for mounts that are gone."""
+"""Images that never arrive: pipes without a writer stand for dead mounts."""
 
 import asyncio
 import gc
@@ -24,7 +24,7 @@ from .proxy import Proxy
 
 @pytest.fixture
 def pipes(tmp_path: Path) -> Iterator[list[Path]]:
-    """Named pipes; at the end they end, so that no test leaves threads."""
+    """Named pipes, closed at the end, so that no test leaves threads behind."""
     made = [tmp_path / f"pipe-{index}" for index in range(20)]
     for path in made:
         os.mkfifo(path)
@@ -36,7 +36,7 @@ def pipes(tmp_path: Path) -> Iterator[list[Path]]:
 
 
 def was_read(path: Path) -> bool:
-    """Whether somebody waits for what is written to the pipe, who then finds it empty."""
+    """Whether the pipe has a blocked reader; releases it with an empty file."""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
     except OSError:
@@ -73,7 +73,7 @@ def test_neighbours_are_answered(client: Client, pipes: list[Path], photo: Path)
 
 
 def test_hanging_reads_stop_no_others(client: Client, pipes: list[Path], photo: Path) -> None:
-    """As many of them as read at once."""
+    """As many as there are concurrent reads."""
     with ThreadPoolExecutor(16) as pool:
         hanging = [pool.submit(client.embed, pipe, timeout=20) for pipe in pipes[:16]]
         assert client.embed(photo, timeout=10).shape == (64,)
@@ -85,7 +85,7 @@ def test_hanging_reads_stop_no_others(client: Client, pipes: list[Path], photo: 
 
 
 def test_an_image_that_comes_late_is_answered(proxy: Proxy, pipes: list[Path], photo: Path) -> None:
-    """Its neighbours did not wait for it."""
+    """The other images do not wait for it."""
     with Client(proxy.url) as client, ThreadPoolExecutor(1) as pool:
         call = pool.submit(client.embed, [pipes[0], photo, pipes[1], photo])
         deadline = time.monotonic() + 20
@@ -102,7 +102,7 @@ def test_an_image_that_comes_late_is_answered(proxy: Proxy, pipes: list[Path], p
 
 
 def test_reading_does_not_use_up_the_time_of_a_request(client: Client) -> None:
-    """Of slow files as many are sent together as are there by half of it."""
+    """Slow files: those read within half of the timeout are sent together."""
 
     class Slow:
         def read(self) -> bytes:
@@ -115,7 +115,7 @@ def test_reading_does_not_use_up_the_time_of_a_request(client: Client) -> None:
 def test_more_files_hang_than_there_are_threads(
     client: Client, pipes: list[Path], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others wait for one, and have their answers when there is one."""
+    """Other calls wait for a free thread, then complete."""
     monkeypatch.setattr("vit_client._engine._MOST_THREADS", 4)
     with ThreadPoolExecutor(5) as pool:
         hanging = [pool.submit(client.embed, pipe, timeout=100) for pipe in pipes[:4]]
@@ -123,7 +123,7 @@ def test_more_files_hang_than_there_are_threads(
             time.sleep(0.01)
         with pytest.raises(BadImage, match="could not be read within 1 s"):
             client.embed(photo, timeout=1)
-        assert client.embed(encoded(0)).shape == (64,)  # is there already
+        assert client.embed(encoded(0)).shape == (64,)  # already in memory
         waiting = pool.submit(client.embed, photo, timeout=100)
         for pipe in pipes[:4]:
             pipe.write_bytes(encoded(0))
@@ -132,7 +132,7 @@ def test_more_files_hang_than_there_are_threads(
 
 
 def test_files_that_hang(client: Client) -> None:
-    """Whatever has a read() may, and whatever becomes an array."""
+    """Anything with a read(), or that converts to an array, may hang."""
     going_on = threading.Event()
 
     class Slow:

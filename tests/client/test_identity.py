@@ -1,4 +1,4 @@
-"""Which model answered: two with different weights behind one name, as during a rolling update."""
+"""Model versions: two models behind one name, as during a rolling update."""
 
 import asyncio
 import dataclasses
@@ -26,7 +26,7 @@ IMAGES = [encoded(seed) for seed in range(40)]
 
 @pytest.fixture(scope="module")
 def other_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The tiny model with other weights."""
+    """The tiny model with different weights."""
     tiny = vit_builder.load(GOLDENS / "tiny.pt")
     name = "norm.weight"
     state = {**tiny.state, name: tiny.state[name] * 3}
@@ -39,7 +39,7 @@ def other_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def large_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model of images twice as large, and of smaller batches."""
+    """A model with images twice as large and a smaller batch size."""
     config = dataclasses.replace(
         vit_builder.load(GOLDENS / "tiny.pt").config, image_size=(128, 128)
     )
@@ -91,17 +91,17 @@ def test_every_client_sees_the_same_number(tiny_server: Server) -> None:
 
 
 def replacing(proxy: Proxy, new: list[str], after: int) -> Iterator[bytes]:
-    """The images; behind the proxy there are other servers once so many have been answered."""
+    """Yields the images; after `after` of them the proxy switches to the servers `new`."""
     for number, image in enumerate(IMAGES):
         if number == after:
-            while not proxy.inferences:  # what has been read before is for the old one
+            while not proxy.inferences:  # images read before go to the old server
                 threading.Event().wait(0.01)
             proxy.targets = new
         yield image
 
 
 def test_a_list_is_of_one_model(proxy: Proxy, urls: list[str], other_server: Server) -> None:
-    """The old server is gone before the second half is asked."""
+    """The old server is gone before the second half is sent."""
     with Client(proxy.url) as client:
         old = client.model()
         got = client.embed(replacing(proxy, urls[1:], 20))
@@ -132,7 +132,7 @@ def test_bad_images_in_a_list_while_both_answer(proxy: Proxy, urls: list[str]) -
 
 
 def test_two_that_go_on_answering_are_an_error(proxy: Proxy, urls: list[str]) -> None:
-    """Each time that one of them is asked for, the other one is there."""
+    """Each time that one version is requested, only the other is served."""
 
     async def contrary(method: str, request: bytes, context: object) -> object:
         others = [url for url, number in zip(urls, versions, strict=True) if number not in request]
@@ -194,7 +194,7 @@ def test_a_stream_of_one_model_only(proxy: Proxy, urls: list[str], tiny_server: 
 
 
 def test_open_files_while_both_answer(proxy: Proxy, urls: list[str]) -> None:
-    """What is asked again was read before, and is not read again: here from where it stands."""
+    """Images that are sent again are not read again; the files here are read from the middle."""
     proxy.targets = urls
 
     def opened(number: int) -> io.BytesIO:
@@ -212,7 +212,7 @@ def test_open_files_while_both_answer(proxy: Proxy, urls: list[str]) -> None:
 def test_arrays_are_scaled_for_the_model_that_answers(
     proxy: Proxy, tiny_server: Server, large_server: Server
 ) -> None:
-    """Whatever answers, and also after one has taken the other's place."""
+    """Whichever model responds, and also after one has replaced the other."""
     arrays = [pixels(seed, 300, 200) for seed in range(12)]
     expected = {}
     for server in (tiny_server, large_server):
@@ -241,7 +241,7 @@ def test_smaller_batches_than_the_server_told(
 ) -> None:
     with Client(proxy.url) as client:
         client.model()
-        proxy.targets = [large_server.url]  # before it has answered
+        proxy.targets = [large_server.url]  # before the first response
         got = client.embed(IMAGES)
         assert client.model().max_batch_size == 4
     with Client(large_server.url) as client:
@@ -293,14 +293,14 @@ def test_a_client_learns_of_the_new_model(proxy: Proxy, urls: list[str]) -> None
         proxy.targets = urls[:1]
         client.embed(IMAGES[0])
         assert client.model() == old != new
-        # Those that have told of themselves are not asked again.
+        # Known models are not requested again.
         assert proxy.calls.count("ModelConfig") == 2
 
 
 def test_embed_to_a_file_is_of_one_model(
     proxy: Proxy, urls: list[str], photos: Path, tmp_path: Path
 ) -> None:
-    """The new server comes in the middle; the same command is refused; and then it begins anew."""
+    """A new server replaces the old one midway; the same command is rejected; then it restarts."""
     output, partial = tmp_path / "out.npz", tmp_path / "out.npz.partial"
     command = ["embed", photos, "-o", output]
     for number in range(20):  # several requests
@@ -329,7 +329,7 @@ def test_embed_to_a_file_is_of_one_model(
     assert "images by another model than this server's: delete it to start over" in ran.stderr
     assert all(number in ran.stderr for number in versions)
 
-    # A server of the first model goes on, also where another has the same name.
+    # A server with the first model can resume, even if another model has the same address.
     proxy.handle, proxy.targets = handle, urls  # type: ignore[method-assign]
     ran = vit_client(proxy.url, *command)
     assert "resuming" in ran.stderr
@@ -343,4 +343,4 @@ def test_embed_to_a_file_is_of_one_model(
     assert ran.returncode == 2
     assert "is from another model than the server's" in ran.stderr
     ran = vit_client(proxy.url, "similar", images[0], "--to", output, "-n", "1")
-    assert ran.stdout == f" 1.0000  {images[0]}\n"  # of the two, the one that it is of was asked
+    assert ran.stdout == f" 1.0000  {images[0]}\n"  # the query went to the model of the file

@@ -1,4 +1,4 @@
-"""What is sent for each kind of image, and what is said of things that are none."""
+"""What is sent for each kind of image, and the errors for anything else."""
 
 import io
 from pathlib import Path
@@ -15,14 +15,14 @@ from .conftest import encoded, pixels
 
 SIZE = (64, 64)
 
-# Pillow 13's own resize is the measure; earlier versions scale tall images to other pixels.
+# Pillow 13's resize is the reference; earlier versions scale tall images to other pixels.
 SHAPES = [(64, 64), (10, 20), (200, 100), (100, 200), (64, 65), (700, 37), (130, 64), (130, 66)]
 if int(PIL.__version__.split(".")[0]) < 13:
     SHAPES = [shape for shape in SHAPES if shape[0] <= shape[1]]
 
 
 def test_files_are_sent_as_they_are(tmp_path: Path) -> None:
-    """No decoding, no encoding, nothing lost."""
+    """Without decoding or encoding."""
     data = encoded(0, "JPEG")
     path = tmp_path / "a.jpg"
     path.write_bytes(data)

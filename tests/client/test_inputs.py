@@ -1,4 +1,4 @@
-"""What people pass for images, and what is made of it where it has one meaning."""
+"""What users pass as images, and how it is interpreted if it is unambiguous."""
 
 import array
 import base64
@@ -43,7 +43,7 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 class Column:
-    """As a column of a pandas table: it has what arrays have, and its values are names."""
+    """Like a column of a pandas table: it has the attributes of an array, but holds names."""
 
     def __init__(self, values: list[str]) -> None:
         self._values = np.array(values, object)
@@ -60,7 +60,7 @@ class Column:
 
 
 def zipped(name: str) -> zipfile.Path:
-    """The same file in an archive, as a path."""
+    """The photo as a path in an archive."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.write(name, "a.png")
@@ -122,7 +122,7 @@ def test_tensors_of_pixels() -> None:
     array = pixels(0)
     assert is_one_image(torch.tensor(array))
     assert encode(torch.tensor(array), SIZE) == encode(array, SIZE)
-    # As torchvision's read_image has them, with the axes put right.
+    # As from torchvision's read_image, with the axes permuted.
     assert encode(torch.tensor(array.transpose(2, 0, 1)).permute(1, 2, 0), SIZE) == encode(
         array, SIZE
     )
@@ -143,7 +143,7 @@ def test_a_file_at_its_end_is_meant_whole(tmp_path: Path) -> None:
 
 
 def test_a_file_in_the_middle_is_read_from_there() -> None:
-    """As in a file of several."""
+    """As in a file that holds several images."""
     file = io.BytesIO(b"header" + PHOTO)
     file.seek(6)
     assert encode(file, SIZE) == PHOTO
@@ -194,7 +194,7 @@ def test_archives(tmp_path: Path, photos: list[Path]) -> None:
 
 @pytest.fixture
 def web() -> Iterator[str]:
-    """A server of one photo."""
+    """A web server with one photo."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -315,7 +315,7 @@ def test_long_names_are_shortened(client: Client) -> None:
 
 
 def test_paths_as_bytes(tmp_path: Path) -> None:
-    """Of os.scandir(b"…"): a path-like object, which is no text."""
+    """From os.scandir(b"…"): a path-like object with a bytes path."""
     (tmp_path / "a.png").write_bytes(PHOTO)
     with contextlib.closing(os.scandir(os.fsencode(tmp_path))) as entries:
         (entry,) = entries

@@ -1,4 +1,4 @@
-"""What the network and proxies between a client and the server do to a call."""
+"""Effects of the network, and of proxies in front of the server, on a call."""
 
 import contextlib
 import socket
@@ -29,7 +29,7 @@ IMAGE = encoded(0)
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 def test_dropped_packets_are_no_matter_of_access(tls: bool) -> None:
-    """Whatever gRPC calls it: it has several texts for this, by what comes first."""
+    """Whatever gRPC reports: its message depends on what happens first."""
     with dropping_packets() as url, Client(url, tls=tls, retries=1, timeout=60) as client:
         for _ in range(3):
             with pytest.raises(Unavailable, match="no server at") as caught:
@@ -38,14 +38,14 @@ def test_dropped_packets_are_no_matter_of_access(tls: bool) -> None:
 
 
 def test_dropped_packets_are_retried(url: str) -> None:
-    """Until the deadline, or there is another server."""
+    """Until the deadline, or until there is another server."""
     with dropping_packets() as nobody, Client(f"ipv4:{nobody},{url}") as client:
         assert client.embed(IMAGE).shape == (64,)
 
 
 @contextlib.contextmanager
 def listening(answer: bytes | None) -> Iterator[str]:
-    """Something else than a gRPC server: it reads, answers, and ends each connection."""
+    """Not a gRPC server: it reads, answers, and closes each connection."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ def test_a_tls_handshake_that_ends_may_be_a_server_that_starts() -> None:
 
 @pytest.mark.parametrize("retries", [0, 4])
 def test_a_call_that_no_server_began_is_sent_again(url: str, retries: int) -> None:
-    """gRPC itself does so once. Connections end for their age, and a reconnected one may too."""
+    """gRPC itself retries once. Connections reach a maximum age, and the next may be closed too."""
     with (
         peering(url, *[end_connection(last_stream=0)] * 6) as peer,
         Client(peer.url, retries=retries) as client,
@@ -156,7 +156,7 @@ def test_what_a_proxy_answers(status: int, kind: type[VitClientError], words: st
 
 
 def test_a_page_that_comes_instead_of_an_answer() -> None:
-    """Of a login, say, with the status of a success."""
+    """For example a login page, with a success status."""
     with (
         peering("", http_status(200)) as peer,
         Client(peer.url, retries=0) as client,
@@ -178,7 +178,7 @@ def test_every_status_has_a_meaning() -> None:
 def test_what_the_proxy_of_the_environment_answers(
     monkeypatch: pytest.MonkeyPatch, status: int, kind: type[VitClientError]
 ) -> None:
-    """It is asked for a tunnel (CONNECT), in HTTP/1.1."""
+    """gRPC asks it for a tunnel (CONNECT), in HTTP/1.1."""
     with listening(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status) as url:
         monkeypatch.setenv("grpc_proxy", f"http://{url}")
         with (

@@ -1,4 +1,4 @@
-"""One trace of the SDK's spans and the server's, as an exporter and a collector get them."""
+"""The SDK's and the server's spans in one trace, as an exporter and a collector get them."""
 
 import asyncio
 import contextlib
@@ -30,9 +30,9 @@ def received() -> Iterator[otlp.Received]:
 
 @pytest.fixture(scope="module")
 def traced(tiny_repository: Path, received: otlp.Received) -> Iterator[Proxy]:
-    """In front of a server that sends its spans."""
+    """A proxy in front of a server that exports its spans."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms; 5 s unless said
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms; the default is 5 s
         with (
             serving(tiny_repository, "--otlp", received.url) as server,
             proxying(server.url) as proxy,
@@ -60,7 +60,7 @@ async def no_image(client: AsyncClient) -> None:
     [
         (a_list, "embed", [14, 0], {"preprocess", "vit"}),
         (a_stream, "features", [14, 0], {"preprocess", "vit"}),
-        (no_image, "classify", [14, 3], {"preprocess"}),  # it is refused there
+        (no_image, "classify", [14, 3], {"preprocess"}),  # rejected there
     ],
 )
 def test_one_trace(
@@ -72,8 +72,8 @@ def test_one_trace(
     codes: list[int],
     steps: set[str],
 ) -> None:
-    """Program, call, try, request, ensemble, model: each below the one before. The first try is
-    turned away on its way."""
+    """Program, call, attempt, request, ensemble, model: each the parent of the next. The first
+    attempt is rejected by the proxy."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
@@ -83,7 +83,7 @@ def test_one_trace(
             await ask(client)
 
     def of_one_trace() -> list[otlp.Span]:
-        """The server's spans. Triton 2.51 loses some in a hundred traces, each as a whole."""
+        """The server's spans. Triton 2.51 loses a few traces in a hundred, each completely."""
         for _ in range(20):
             exporter.clear()
             traced.refusals = [FULL]
@@ -91,7 +91,7 @@ def test_one_trace(
                 asyncio.run(run())
             trace_id = f"{job.get_span_context().trace_id:032x}"
             with contextlib.suppress(AssertionError):
-                # A request's own span is sent after those below it.
+                # The span of a request is exported after its children.
                 come = received.wait(partial(has_request, trace_id), seconds=10)
                 return [span for span in come if span.trace_id == trace_id]
         raise AssertionError("20 traces without the server's spans")
@@ -121,7 +121,7 @@ def has_request(trace_id: str, spans: list[otlp.Span]) -> bool:
 
 
 def way(span_id: str, known: dict[str, tuple[str, str]]) -> tuple[str, ...]:
-    """From the first span of the trace to this one, by name."""
+    """Names of the spans from the root of the trace to this one."""
     names = []
     while span_id:
         name, span_id = known[span_id]

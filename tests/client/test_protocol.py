@@ -1,4 +1,4 @@
-"""inference.proto is what Triton speaks, and what the SDK has of it is up to date."""
+"""inference.proto matches Triton's, and the generated module is up to date."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_the_compiled_file_is_up_to_date() -> None:
 
 
 def test_every_field_is_tritons() -> None:
-    """As tritonclient has them: numbers and types, in every message; and the methods."""
+    """Field numbers and types of every message, and the methods, equal tritonclient's."""
     ours = _protocol._pool.FindFileByName("inference.proto")
     theirs = {
         **model_config_pb2.DESCRIPTOR.message_types_by_name,

@@ -1,4 +1,4 @@
-"""Which request was it: the ids that the server gets, in errors and in the log."""
+"""Request ids: those sent to the server, in errors and in the log."""
 
 import logging
 import pickle
@@ -35,12 +35,12 @@ def test_the_server_gets_the_callers(proxy: Proxy, task: str) -> None:
 
 
 def test_a_call_of_several_requests_numbers_them(proxy: Proxy) -> None:
-    images = [encoded(seed) for seed in range(40)]  # 16 in a request
+    images = [encoded(seed) for seed in range(40)]  # 16 per request
     with Client(proxy.url) as client:
         client.embed(images, request_id="mine")
         assert sorted(proxy.ids) == ["mine", "mine-2", "mine-3"]
         proxy.ids.clear()
-        with pytest.raises(BadImages):  # which is sent again without the bad one
+        with pytest.raises(BadImages):  # the request is sent again without the bad one
             client.embed([IMAGE, b"bad"], request_id="mine")
     assert proxy.ids == ["mine", "mine-2"]
 
@@ -95,7 +95,7 @@ def gone(proxy: Proxy) -> None:
 def test_every_error_names_it(
     proxy: Proxy, trouble: Callable[[Proxy], None], kind: type[VitClientError], connected: bool
 ) -> None:
-    """Also where no request was sent yet, since the server has not told what it serves."""
+    """Even if no inference request was sent, because the model is not known yet."""
     with Client(proxy.url, timeout=3, retries=1) as client:
         if connected:
             client.embed(IMAGE)
@@ -119,11 +119,11 @@ def test_a_bad_image_names_the_request_that_was_refused(client: Client) -> None:
     images[18] = b"bad"
     with pytest.raises(BadImages) as several:
         client.embed(images, request_id="mine")
-    assert several.value.request_id in ("mine", "mine-2")  # whichever went first
+    assert several.value.request_id in ("mine", "mine-2")  # whichever failed first
     (item,) = client.stream([b"bad"], on_error="return", request_id="bulk")
     assert item.error is not None
     assert item.error.request_id == "bulk"
-    # No server has seen this one: the call's.
+    # Not sent to any server, so it is the id of the call.
     with pytest.raises(BadImage) as missing:
         client.embed("nowhere.jpg", request_id="mine")
     assert missing.value.request_id == "mine"
@@ -152,7 +152,7 @@ def test_the_log(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     assert any(line.startswith("request other: try 1 failed") for _, line in lines)
     told = "\n".join(line for _, line in lines)
     assert "s3cret" not in told
-    assert "IHDR" not in told  # of the files
+    assert "IHDR" not in told  # contents of the files
 
 
 def test_nothing_is_logged_by_default(proxy: Proxy) -> None:

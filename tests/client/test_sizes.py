@@ -1,4 +1,4 @@
-"""Files that are larger than the server, or something on the way to it, takes."""
+"""Files that are too large for the server or a proxy in front of it."""
 
 import io
 import resource
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 
 def sparse(path: Path, size: int) -> Path:
-    """A file that is as large, and takes no room."""
+    """A sparse file of that size."""
     with path.open("wb") as file:
         file.truncate(size)
     return path
@@ -38,7 +38,7 @@ def ppm(size: int) -> bytes:
 
 
 def narrowed(repository: Path, folder: Path, most: int) -> Path:
-    """The same models, and a server that tells how much it takes."""
+    """The same models, with a limit that the server reports."""
     copy = folder / "models"
     shutil.copytree(repository, copy)
     file = copy / "vit" / "config.pbtxt"
@@ -58,7 +58,7 @@ def test_the_server_tells_its_bound(tiny_repository: Path, tmp_path: Path) -> No
         assert client.embed(whole).shape == (64,)
         with pytest.raises(BadImage, match=r"is 299\.2 KiB, too large .*289\.0 KiB"):
             client.embed(ppm(306_400))
-        # Scaled here.
+        # The client scales it.
         assert client.embed(pixels(0, 600, 600)).shape == (64,)
         assert client.embed(Image.fromarray(pixels(0, 600, 600))).shape == (64,)
 
@@ -87,7 +87,7 @@ def test_the_bound_of_a_server_that_tells_none(
 
 
 def test_large_files_are_not_read(client: Client, tmp_path: Path) -> None:
-    """2 GiB and more are no message of gRPC's; others cost memory, and get the same answer."""
+    """gRPC cannot send 2 GiB or more; smaller ones would cost memory for the same error."""
     photo = tmp_path / "photo.png"
     photo.write_bytes(encoded(0))
     huge = sparse(tmp_path / "video.mp4", 2100 * MIB)
@@ -126,7 +126,7 @@ def test_of_an_open_file_no_more_is_read_than_can_be_sent() -> None:
 
 
 def test_a_file_that_grows(tmp_path: Path) -> None:
-    """What stat() says is of no file that is being written, nor of a pipe."""
+    """stat() does not give the final size of a file being written, or of a pipe."""
     with pytest.raises(Unusable, match="is too large"):
         encode("/proc/self/maps", (64, 64), 100)
     data = Path("/proc/self/environ").read_bytes()
@@ -156,7 +156,7 @@ def test_a_request_never_exceeds_the_bound(
 
 
 def test_what_something_on_the_way_finds_too_large_is_named(proxy: Proxy, tmp_path: Path) -> None:
-    """A gateway with a bound of its own. Small requests pass: a long list needs more of them."""
+    """A gateway with a lower limit. Small requests pass, so a long list needs more of them."""
     proxy.most = MIB
     large = tmp_path / "large.ppm"
     large.write_bytes(ppm(MIB))
@@ -167,7 +167,7 @@ def test_what_something_on_the_way_finds_too_large_is_named(proxy: Proxy, tmp_pa
         assert client.embed(images).shape == (16, 64)
         refused = proxy.inferences
         assert client.embed(images).shape == (16, 64)
-        # The second time without trying.
+        # The second time without rejections.
         assert proxy.inferences == refused + 4
         with pytest.raises(BadImages) as caught:
             client.embed([*images, large])

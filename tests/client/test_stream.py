@@ -1,4 +1,4 @@
-"""Any number of images: order, bounds, slow sources, errors, leaving early."""
+"""Streams: order, bounds, slow sources, errors, leaving early."""
 
 import asyncio
 import gc
@@ -67,7 +67,7 @@ def test_async_iterables(url: str) -> None:
 
 
 def test_memory_and_requests_are_bounded(proxy: Proxy) -> None:
-    """Endless input; nothing is read much ahead of what was taken."""
+    """Endless input; reading stays only a little ahead of the consumer."""
     taken = read = furthest = 0
 
     def source() -> Iterator[bytes]:
@@ -105,7 +105,7 @@ def test_the_bound_holds_over_all_calls_of_a_client(proxy: Proxy) -> None:
 
 
 def test_a_slow_source_is_not_held_up(client: Client) -> None:
-    """An image is answered when it is there, not when a chunk is full."""
+    """An image is sent when it arrives, not when a chunk is full."""
     asked = threading.Event()
 
     def source() -> Iterator[bytes]:
@@ -122,7 +122,7 @@ def test_a_slow_source_is_not_held_up(client: Client) -> None:
 
 
 def test_a_source_that_fails(client: Client) -> None:
-    """What came before is still answered; then the caller sees the source's own error."""
+    """Earlier images still get results; then the source's own error is raised."""
 
     def source() -> Iterator[bytes]:
         yield from IMAGES[:20]
@@ -159,7 +159,7 @@ def test_on_error_skip(client: Client) -> None:
 
 
 def test_only_images_can_be_skipped(url: str) -> None:
-    """A server that is gone is no reason to skip a million images."""
+    """A lost server must not skip a million images."""
     with Client("localhost:1", retries=0) as client, pytest.raises(Unavailable):
         list(client.stream(IMAGES, on_error="skip"))
 
@@ -172,7 +172,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def threads() -> set[str]:
-    """Names of all threads but those that stay to load the next images."""
+    """Names of all threads except the idle ones that load images."""
     names = {thread.name for thread in threading.enumerate()}
     return {name for name in names if not name.startswith("vit-load")}
 
@@ -193,9 +193,9 @@ def test_leaving_early_cancels_and_leaks_nothing(proxy: Proxy, kind: str) -> Non
         stream = client.stream(source() if kind == "iterable" else IMAGES * 100)
         next(stream)
         proxy.delay = 30
-        while not proxy.held:  # as answers are taken, more is asked
+        while not proxy.held:  # more is sent as results are taken
             next(stream)
-            time.sleep(0.05)  # for it to arrive: the next answer may be one that is held
+            time.sleep(0.05)  # for it to arrive: the next result may be a delayed one
         stream.close()
         if kind == "iterable":
             assert closed.wait(5)
@@ -276,7 +276,7 @@ def test_arguments_are_checked_at_once(client: Client) -> None:
 
 
 def test_big_files_are_sent_in_several_requests(proxy: Proxy, tmp_path: Path) -> None:
-    """However many images a request may have, its bytes are bounded."""
+    """The bytes of a request are bounded, however many images it may have."""
     big = tmp_path / "big.ppm"
     big.write_bytes(b"P6 2000 2000 255\n" + bytes(12_000_000))
     with Client(proxy.url) as client:

@@ -1,4 +1,4 @@
-"""Where did the time go: the spans and the histogram that a program with OpenTelemetry gets."""
+"""OpenTelemetry: spans and the histogram of calls."""
 
 import asyncio
 import subprocess
@@ -23,7 +23,7 @@ TRY = "inference.GRPCInferenceService/ModelInfer"
 
 @pytest.fixture(autouse=True)
 def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """All that end from now on. A provider that is set stays set, and other tests want none."""
+    """The spans that end from now on. Patched, because a provider once set cannot be unset."""
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
@@ -32,14 +32,14 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 
 @pytest.fixture
 def reader(monkeypatch: pytest.MonkeyPatch) -> InMemoryMetricReader:
-    """Of what is measured from now on."""
+    """The metrics recorded from now on."""
     reader = InMemoryMetricReader()
     monkeypatch.setattr(metrics, "get_meter", MeterProvider([reader]).get_meter)
     return reader
 
 
 def ended(spans: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
-    """In the order of their ends."""
+    """Spans of this name, in the order in which they ended."""
     return [span for span in spans.get_finished_spans() if span.name == name]
 
 
@@ -75,7 +75,7 @@ def test_a_call_and_its_try(proxy: Proxy, spans: InMemorySpanExporter) -> None:
     }
     context = attempt.context
     assert context is not None
-    # To the server: this try's; sampled, and its id random.
+    # The server gets this attempt's span as parent; flags: sampled, random trace id.
     assert proxy.headers["traceparent"] == f"00-{context.trace_id:032x}-{context.span_id:016x}-03"
     assert "s3cret" not in "".join(span.to_json() for span in spans.get_finished_spans())
 
@@ -132,7 +132,7 @@ def test_waiting_for_a_slot(proxy: Proxy, spans: InMemorySpanExporter) -> None:
 def test_a_stream_is_one_span(
     proxy: Proxy, spans: InMemorySpanExporter, asynchronous: bool
 ) -> None:
-    """And what the program does between two items is none of it."""
+    """And the program's spans between two items are not its children."""
     tracer = trace.get_tracer("the program")
     images = [encoded(seed) for seed in range(40)]
 
@@ -180,7 +180,7 @@ def test_the_callers_own_traceparent_stays(proxy: Proxy) -> None:
 
 
 def test_headers_of_any_propagator(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gRPC takes names in lower case and values in ASCII only; the rest is left out."""
+    """gRPC accepts only lower-case names and ASCII values; others are left out."""
 
     def inject(carrier: dict[str, str]) -> None:
         carrier |= {"X-Amzn-Trace-Id": "Root=1", "x-more": "ü", "x-bytes-bin": "a", "x y": "b"}
@@ -193,7 +193,7 @@ def test_headers_of_any_propagator(proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_trace_that_is_not_kept_ends_here(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton would send its spans all the same."""
+    """Otherwise Triton would export its spans."""
     monkeypatch.setattr(trace, "get_tracer", TracerProvider(sampler=ALWAYS_OFF).get_tracer)
     with Client(proxy.url) as client:
         client.embed(IMAGE)

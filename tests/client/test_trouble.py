@@ -1,4 +1,4 @@
-"""Deadlines, retries, overload, servers that go and come back, and misuse of a client."""
+"""Deadlines, retries, overload, server restarts, and misuse of a client."""
 
 import asyncio
 import multiprocessing
@@ -48,7 +48,7 @@ STOPPING = (
 )
 DIED = (grpc.StatusCode.INTERNAL, "Stub process 'vit_0' is not healthy.")
 EXPIRED = (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
-# What other requests of a batch get for a malformed one.
+# Errors that a malformed request causes for others in its batch.
 BESIDE_PIXELS = (
     grpc.StatusCode.INTERNAL,
     "in ensemble 'embed', batch size 65 for 'vit_0', max allowed is 16",
@@ -72,7 +72,7 @@ def test_what_may_pass_is_tried_again(proxy: Proxy, refusal: tuple[grpc.StatusCo
 
 
 def test_a_server_that_stops_costs_no_retry(proxy: Proxy) -> None:
-    """Of two servers, every second try is for the one that stops."""
+    """Of two servers, every second attempt reaches the one that is shutting down."""
     proxy.refusals = [STOPPING] * 10
     with Client(proxy.url, retries=1) as client:
         assert client.embed(IMAGE).shape == (64,)
@@ -151,7 +151,7 @@ def test_no_retries(proxy: Proxy) -> None:
 
 
 def test_retries_do_not_become_a_storm(proxy: Proxy) -> None:
-    """50 callers, all turned away for two seconds: without a budget that is 250 requests."""
+    """50 callers, all rejected for two seconds: without a budget that is 250 requests."""
     proxy.refusals, proxy.forever = [FULL], True
     with Client(proxy.url, concurrency=50, timeout=2) as client:
         client.model()
@@ -163,13 +163,13 @@ def test_retries_do_not_become_a_storm(proxy: Proxy) -> None:
 
         with ThreadPoolExecutor(50) as pool:
             kinds = set(pool.map(call, range(50)))
-    # The last try of a call may be cut off by its deadline.
+    # The deadline may cut off the last attempt of a call.
     assert {Overloaded} <= kinds <= {Overloaded, DeadlineExceeded}
     assert proxy.inferences <= 50 + 10 + 3
 
 
 def test_the_budget_is_for_overload_only(proxy: Proxy) -> None:
-    """A server that dies fails all it has at once, and another one waits for the retries."""
+    """A dying server fails all its requests at once, and another one is idle."""
     proxy.refusals = [GONE] * 50
     with Client(proxy.url, concurrency=50, timeout=10) as client:
         client.model()
@@ -182,7 +182,7 @@ def test_the_budget_is_for_overload_only(proxy: Proxy) -> None:
 def test_retries_outlast_malformed_requests_of_others(
     proxy: Proxy, refusal: tuple[grpc.StatusCode, str]
 ) -> None:
-    """As long as the deadline allows, however often that is."""
+    """Until the deadline, however many retries that takes."""
     proxy.refusals = [refusal] * 40
     with Client(proxy.url, retries=1) as client:
         assert client.embed(IMAGE).shape == (64,)
@@ -202,7 +202,7 @@ def test_malformed_requests_of_others_that_do_not_end(proxy: Proxy) -> None:
 
         with ThreadPoolExecutor(50) as pool:
             errors = list(pool.map(call, range(50)))
-    # The last try of a call may be cut off by its deadline.
+    # The deadline may cut off the last attempt of a call.
     assert {type(error) for error in errors} <= {Unavailable, DeadlineExceeded}
     assert any("another client's malformed request (in ensemble" in str(error) for error in errors)
     assert proxy.inferences <= 50 + 10 + 40 * (time.monotonic() - begun)
@@ -251,7 +251,7 @@ def test_backoff_grows_and_has_jitter() -> None:
 
 
 def test_a_channel_to_a_server_that_stops_is_left(proxy: Proxy) -> None:
-    """For a new one, that looks the name up again; what is under way on the old one goes on."""
+    """For a new one, which resolves the name again; calls in flight on the old one continue."""
 
     async def run() -> None:
         async with AsyncClient(proxy.url) as client:
@@ -264,7 +264,7 @@ def test_a_channel_to_a_server_that_stops_is_left(proxy: Proxy) -> None:
             while not proxy.in_flight:
                 await asyncio.sleep(0.01)
             proxy.delay, proxy.refusals = 0, [STOPPING]
-            # The delay is over when the refusal has been taken: the first request is not refused.
+            # The rejection is consumed during the delay: the first request is not rejected.
             assert (await client.embed(IMAGE)).shape == (64,)
             assert proxy.in_flight == 1
             assert connection._current is not old
@@ -285,10 +285,10 @@ def test_one_deadline_for_all_tries(proxy: Proxy) -> None:
     with Client(proxy.url, retries=1000) as client:
         client.model()
         started = time.monotonic()
-        # The last try may have begun in time, and is cut off then.
+        # The last attempt may have started in time and been cut off.
         with pytest.raises((Unavailable, DeadlineExceeded)):
             client.embed(IMAGE, timeout=1)
-        assert time.monotonic() - started < 20  # a thousand tries take hours
+        assert time.monotonic() - started < 20  # a thousand retries would take hours
 
 
 def test_a_server_that_does_not_answer(proxy: Proxy) -> None:
@@ -317,7 +317,7 @@ def test_waiting_for_a_slot_counts(proxy: Proxy) -> None:
 
 
 def test_a_slow_server_is_given_less(proxy: Proxy) -> None:
-    """Else its deadline passes before it comes to the last of what it was sent."""
+    """Otherwise the last of its requests would miss their deadlines."""
     images = [encoded(seed) for seed in range(16)] * 12
     with Client(proxy.url, timeout=2) as client:
         client.model()
@@ -331,7 +331,7 @@ def test_a_slow_server_is_given_less(proxy: Proxy) -> None:
 
 @pytest.fixture
 def narrow_repository(tiny_repository: Path, tmp_path: Path) -> Path:
-    """The tiny model with room for two requests in the queue, and a slow way of making them."""
+    """The tiny model with a queue of two requests and slow processing."""
     folder = tmp_path / "models"
     shutil.copytree(tiny_repository, folder)
     config = folder / "preprocess" / "config.pbtxt"
@@ -358,7 +358,7 @@ def test_a_full_queue_is_overload(narrow_repository: Path) -> None:
             errors = [error for call in calls if (error := call.exception()) is not None]
             assert errors, "the queue was never full"
             assert {type(error) for error in errors} == {Overloaded}
-        # With retries, patience gets all of them their answers.
+        # With enough retries all of them succeed.
         with Client(server.url, retries=100) as client, ThreadPoolExecutor(8) as pool:
             rows = np.stack(list(pool.map(client.embed, images)))
             np.testing.assert_allclose(rows, client.embed(images), atol=1e-5)
@@ -367,7 +367,7 @@ def test_a_full_queue_is_overload(narrow_repository: Path) -> None:
 def test_a_server_that_hangs_and_recovers(tiny_repository: Path) -> None:
     with serving(tiny_repository) as server, Client(server.url) as client:
         client.embed(IMAGE)
-        # Not the models' processes: these end where they are held up.
+        # Not the models' processes: these exit after being stopped.
         triton = tritonserver(server.process.pid)
         os.kill(triton, signal.SIGSTOP)
         try:
@@ -383,7 +383,7 @@ def test_a_server_that_hangs_and_recovers(tiny_repository: Path) -> None:
 
 
 def test_a_server_that_goes_away_and_comes_back(tiny_repository: Path) -> None:
-    """The same client, without being told."""
+    """The same client recovers by itself."""
     with serving(tiny_repository) as server:
         client = Client(server.url, retries=0)
         client.embed(IMAGE)
@@ -424,7 +424,7 @@ def test_the_http_port(tiny_server: Any) -> None:
 def test_a_server_with_other_models(
     client: Client, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
-    """There is none of our name, or it is another one."""
+    """There is no model of this name, or it is another one."""
     monkeypatch.setattr("vit_client._wire.MODEL", name)
     with pytest.raises(ModelNotServed, match=words):
         client.embed(IMAGE)
@@ -502,7 +502,7 @@ def test_cancelling_a_task_cancels_the_request(proxy: Proxy) -> None:
 
 
 def script(code: str, *arguments: str) -> "subprocess.Popen[str]":
-    """A program of its own, because it forks or is interrupted."""
+    """A separate program, because it forks or is interrupted."""
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -529,7 +529,7 @@ def test_after_a_fork_there_is_an_error_not_a_hang(url: str) -> None:
     """
     out, _ = script(code, url, "used").communicate(timeout=20)
     assert "does not survive a fork" in out
-    # Nor does a client that is new in the child: gRPC's own state has come along.
+    # Nor does a new client in the child, which inherits gRPC's state.
     fresh = code.replace(
         "                    client.model()\n                print",
         "                    pass\n                print",
@@ -552,11 +552,11 @@ def test_a_source_that_ends_the_program_does_not_hang_the_client(
         with pytest.raises(RuntimeError, match=kind.__name__) as raised:
             list(client.stream(images()))
         assert isinstance(raised.value.__cause__, kind)
-        assert client.embed(IMAGE).shape == (64,)  # the client lives on
+        assert client.embed(IMAGE).shape == (64,)  # the client is still usable
 
 
 def test_first_calls_of_many_threads_keep_their_deadlines(proxy: Proxy) -> None:
-    """All of them wait for what the server serves, which is asked once."""
+    """All of them wait for the model, which is requested once."""
     proxy.delay = 30
 
     def call(seconds: float) -> float:
@@ -569,14 +569,14 @@ def test_first_calls_of_many_threads_keep_their_deadlines(proxy: Proxy) -> None:
         late = list(pool.map(call, [0.5, 1, 0.5, 1, 0.5, 1, 0.5, 1]))
     assert max(late) < 0.4
     assert min(late) > -0.1
-    # Again for those with time left; but never by each.
+    # Requested again for callers with time left, but not once per caller.
     assert set(proxy.calls) == {"ModelConfig"}
     assert 2 <= len(proxy.calls) < 8
 
 
 @pytest.mark.parametrize("blocked", ["SIGUSR1", "SIGINT"], ids=["any thread", "another thread"])
 def test_ctrl_c_ends_a_call_at_once(proxy: Proxy, blocked: str) -> None:
-    """Whichever thread the kernel gives the signal to."""
+    """Whichever thread the kernel delivers the signal to."""
     code = """
         import signal, sys
         from vit_client import Client
@@ -592,7 +592,7 @@ def test_ctrl_c_ends_a_call_at_once(proxy: Proxy, blocked: str) -> None:
     proxy.delay = 0
     process = script(code, proxy.url, blocked)
     assert process.stdout is not None
-    proxy.delay = 1  # also for the model, but that passes
+    proxy.delay = 1  # also delays ModelConfig, within the timeout
     assert process.stdout.readline() == "asking\n"
     proxy.delay = 30
     while proxy.in_flight == 0:
@@ -608,8 +608,8 @@ def test_ctrl_c_ends_a_call_at_once(proxy: Proxy, blocked: str) -> None:
 
 
 def test_an_async_stream_left_in_the_middle(proxy: Proxy) -> None:
-    """A `break` does not close an async generator; closing the client has to do, and asyncio must
-    have nothing to complain of."""
+    """A `break` does not close an async generator; closing the client must suffice, without
+    warnings from asyncio."""
     code = """
         import asyncio, sys
         from vit_client import AsyncClient
@@ -628,7 +628,7 @@ def test_an_async_stream_left_in_the_middle(proxy: Proxy) -> None:
 
 
 def test_nothing_is_left_at_exit(url: str) -> None:
-    """A client that nobody closed, and a stream that nobody finished."""
+    """An unclosed client and an unfinished stream."""
     code = """
         import itertools, sys
         from vit_client import Client

@@ -1,4 +1,4 @@
-"""What type checkers see of the client, in our users' code."""
+"""What type checkers infer for code that uses the client."""
 
 import subprocess
 import sys

@@ -1,8 +1,8 @@
 """The client in other environments: Python 3.10 to 3.13, protobuf 4 to 7, numpy 1.26 and 2.
 
 Each gets a virtual environment with the client installed as a user would, and runs the client's
-own tests there against the server of this session. What this machine has no interpreter for is
-skipped. The environment of this session is one more combination.
+own tests there against this run's server. Versions without an interpreter on this machine are
+skipped. The environment of this run is one more combination.
 """
 
 import os
@@ -17,7 +17,7 @@ TESTS = ["test_answers.py", "test_stream.py"]
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version, from the PATH or from pyenv."""
+    """A Python of this version, from the PATH or pyenv."""
     homes = [Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"]
     found = [str(path) for home in homes for path in home.glob(f"{version}.*/bin/python3")]
     return next(iter(found), None) or shutil.which(f"python{version}")
@@ -26,7 +26,7 @@ def interpreter(version: str) -> str | None:
 @pytest.mark.parametrize(
     ("version", "pins"),
     [
-        # The oldest that the client allows.
+        # The oldest versions that the client allows.
         (
             "3.10",
             ["grpcio==1.60.0", "protobuf==4.25.0", "numpy==1.26.0", "pillow==10.1.0"],
