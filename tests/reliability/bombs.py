@@ -1,4 +1,4 @@
-"""Small files that ask for a lot: of memory, of time, or of patience with their metadata."""
+"""Small files that demand much memory or time, or have malformed metadata."""
 
 import random
 import struct
@@ -14,7 +14,7 @@ SHORT, LONG, UNDEFINED = 3, 4, 7  # TIFF's types
 
 
 def metadata() -> Named:
-    """ICC and EXIF and the like, wrong in every place that has them."""
+    """Malformed ICC, EXIF and the like, in every format that has them."""
     image, rng = small(), random.Random(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -30,7 +30,7 @@ def metadata() -> Named:
         "65535 tags": b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + rng.randbytes(5000),
     }.items():
         for kind in ("JPEG", "PNG", "WEBP"):
-            # Written as other data of that length, then put in its place: Pillow checks it.
+            # Written with valid data of that length, then replaced, because Pillow checks it.
             yield f"EXIF: {name}.{kind}", _with_exif(encoded(image, kind), kind, data)
         for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
             yield f"ICC: {name}.{kind}", encoded(image, kind, icc_profile=data)
@@ -53,11 +53,11 @@ def _with_exif(data: bytes, kind: str, exif: bytes) -> bytes:
 
 
 def allowed() -> Named:
-    """Large, but under the limit of pixels, or with more frames and parts than anybody looks at."""
+    """Large but below the pixel limit, or with more frames and parts than are decoded."""
     yield "65000x700.png", png(65_000, 700, 1, 0, bytes(8126 * 700))
     yield "50 million pixels.png", png(50_000, 1_000, 8, 0, bytes(50_001 * 1_000))
     yield "110 million pixels.png", png(55_000, 2_000, 8, 0, bytes(55_001 * 2_000))
-    jpeg = encoded(small(), "JPEG")  # these a decoder in C skips in 0.1 s
+    jpeg = encoded(small(), "JPEG")  # a decoder in C skips these in 0.1 s
     yield "2 million comments.jpg", jpeg[:2] + segment(0xFE, b"") * 2_000_000 + jpeg[2:]
     yield "a million frames.gif", gif(1_000_000)
     yield "65535 frames.webp", webp(65_535)
@@ -67,7 +67,7 @@ def allowed() -> Named:
 
 
 def refused() -> Named:
-    """Over the limit of pixels; or what no honest file has, and would take minutes or gigabytes."""
+    """Above the pixel limit; or what no legitimate file has and would take minutes or gigabytes."""
     tiny = bytes(1000)
     yield "60000x60000.png", png(60_000, 60_000, 1, 0, bytes(7501 * 60_000))
     yield "55001x2000.png", png(55_001, 2_000, 8, 0, bytes(55_002 * 2_000))
@@ -98,7 +98,7 @@ def refused() -> Named:
 
 
 def heavy() -> Named:
-    """Decoders have taken gigabytes over such files. Today's Pillow gives pixels, or gives up."""
+    """Files that made decoders use gigabytes. Current Pillow decodes them or raises an error."""
     jpeg = encoded(small(), "JPEG")
     yield "4 million strips.tiff", _strips(4_000_000)
     yield "65000 tags of a megabyte each.tiff", _overlapping(65_000, 1 << 20)
@@ -109,14 +109,14 @@ def heavy() -> Named:
 
 
 def gif(frames: int) -> bytes:
-    """1x1 and that many times."""
+    """A GIF of 1x1 with that many frames."""
     screen = b"GIF89a\x01\0\x01\0\x80\0\0\0\0\0\xff\xff\xff"
     frame = b"\x2c\0\0\0\0\x01\0\x01\0\0\x02\x02\x4c\x01\0"
     return screen + frame * frames + b";"
 
 
 def webp(frames: int) -> bytes:
-    """An animation that repeats its first frame."""
+    """An animated WebP that repeats its first frame."""
     image = Image.new("RGB", (8, 8), "red")
     other = Image.new("RGB", (8, 8), "blue")
     data = encoded(image, "WEBP", save_all=True, append_images=[other])
@@ -127,7 +127,7 @@ def webp(frames: int) -> bytes:
 
 
 def _pages(count: int) -> bytes:
-    """A TIFF whose directories follow each other, all showing the same pixels."""
+    """A TIFF with a chain of directories, all with the same pixels."""
     size = len(tiff(tiff_gray(8, 8, 64), b"")) - 8
     first = tiff(tiff_gray(8, 8, 64), bytes(64), next_page=72 + size)
     rest = (
@@ -138,7 +138,7 @@ def _pages(count: int) -> bytes:
 
 
 def _strips(count: int) -> bytes:
-    """One pixel, in that many strips."""
+    """A TIFF of one pixel in that many strips."""
     tags = tiff_gray(1, 1, 1)
     tags[273] = (LONG, count, 8)
     tags[279] = (LONG, count, 8)
@@ -147,18 +147,18 @@ def _strips(count: int) -> bytes:
 
 
 def _overlapping(tags: int, size: int) -> bytes:
-    """A TIFF each of whose tags says that all of the file is its value."""
+    """A TIFF in which the value of each tag is the whole file."""
     entries = dict.fromkeys(range(300, 300 + tags), (UNDEFINED, size, 8))
     return tiff(tiff_gray(8, 8, 64) | entries, bytes(size))
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG of 50 million gray pixels that is all one gray, told again and again."""
+    """A progressive JPEG of 50 million pixels of one gray, repeated in `count` scans."""
     width, height = 50_000, 1_000
     blocks = (width // 8) * (height // 8)
     start = b"\xff\xd8" + segment(0xDB, b"\0" + b"\x01" * 64)
     frame = segment(0xC2, struct.pack(">BHHB", 8, height, width, 1) + b"\x01\x11\0")
-    # One code of one bit each: DC category 0 is "0"; AC symbol 0xE0 ends 2^14 and more blocks.
+    # One one-bit code each: DC category 0 is "0"; AC symbol 0xE0 ends 2^14 or more blocks.
     direct = segment(0xC4, b"\0\x01" + bytes(15) + b"\0")
     ends = segment(0xC4, b"\x10\x01" + bytes(15) + b"\xe0")
     first = segment(0xDA, b"\x01\x01\0\0\0\0") + bytes(blocks // 8 + 1)

@@ -1,4 +1,4 @@
-"""Image files made by hand, where Pillow will not write what a test needs."""
+"""Hand-written image files, for what Pillow cannot write."""
 
 import io
 import struct
@@ -24,12 +24,12 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """One of PNG's."""
+    """A PNG chunk."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, bits: int, kind: int, raw: bytes, between: bytes = b"") -> bytes:
-    """A PNG of filtered rows; `between` are chunks before the pixels."""
+    """A PNG with the given filtered rows; `between` are chunks before the pixels."""
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(raw, 9))
     parts = chunk(b"IHDR", header), between, pixels, chunk(b"IEND", b"")
@@ -53,5 +53,5 @@ def tiff_gray(width: int, height: int, size: int, **more: int) -> dict[int, tupl
 
 
 def segment(marker: int, data: bytes) -> bytes:
-    """One of JPEG's."""
+    """A JPEG segment."""
     return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data

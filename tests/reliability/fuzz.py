@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing of preprocess's decode function, with atheris: `make fuzz`.
 
-Whatever the bytes, decode gives pixels of the right size or raises BadImage, within its limits of
-time and memory. Ends with an error at the first input for which that does not hold, and leaves it
-in the folder `found`. Only Python code guides it: the C libraries are run, not instrumented.
+For any bytes, decode must return pixels of the right size or raise BadImage, within its limits of
+time and memory. Fails at the first input that violates this, and saves it in the folder `found`.
+Only Python code guides it: the C libraries are not instrumented.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from . import poison
 
 FOUND = Path(__file__).parent / "found"
 SIDE = 64
-MAX_PIXELS = 1_000_000  # small, so that an execution is quick
+MAX_PIXELS = 1_000_000  # small, so that each run is fast
 MAX_BYTES = 1 << 16
 SECONDS_FOR_ONE = 20
 MEMORY_MIB = 2048
 
 
 def main() -> None:
-    """Entry point; libFuzzer ends the process."""
+    """Entry point; libFuzzer exits the process."""
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=int, default=300, help="duration (default: 300)")
     parser.add_argument(
@@ -70,7 +70,7 @@ def main() -> None:
         "seed": args.seed,
     }
     arguments = [f"-{name}={value}" for name, value in options.items()]
-    # New inputs that reach new code go into the first folder, where the next run begins.
+    # libFuzzer saves inputs that reach new code in the first folder; the next run starts there.
     corpus = FOUND / "corpus"
     corpus.mkdir(exist_ok=True)
     atheris.Setup([sys.argv[0], *arguments, str(corpus), str(seeds)], one)

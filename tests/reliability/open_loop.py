@@ -1,4 +1,4 @@
-"""Requests that come when they come, whether the server keeps up or not."""
+"""Open-loop load: requests arrive whether the server keeps up or not."""
 
 import asyncio
 import random
@@ -21,16 +21,16 @@ NS = 1e-9
 
 @dataclass
 class Outcome:
-    """What became of the requests, one image each, and what the server did meanwhile."""
+    """Outcomes of the requests, of one image each, and the server's work meanwhile."""
 
-    seconds: float = 0  # until the last answer
-    answered: list[float] = field(default_factory=list)  # seconds each took
+    seconds: float = 0  # until the last response
+    answered: list[float] = field(default_factory=list)  # latency of each, in seconds
     refused: list[float] = field(default_factory=list)
     wrong: int = 0
     other: Counter[str] = field(default_factory=Counter)
-    images: Counter[str] = field(default_factory=Counter)  # by model, those that it executed
-    busy: Counter[str] = field(default_factory=Counter)  # by model, processes at work on average
-    callers: float = 0  # cores that this process took from the server, on average
+    images: Counter[str] = field(default_factory=Counter)  # by model, executed
+    busy: Counter[str] = field(default_factory=Counter)  # by model, average busy processes
+    callers: float = 0  # average cores used by this process, which the server lacks
 
     @property
     def rate(self) -> float:
@@ -52,13 +52,13 @@ class Outcome:
 
 
 class Load:
-    """Asks `embed` about images whose answers are known."""
+    """Sends images with known embeddings to `embed`."""
 
     def __init__(self, url: str, images: list[bytes], tolerance: float) -> None:
         self.url, self.images, self.tolerance = url, images, tolerance
 
     async def closed(self, callers: int, seconds: float) -> Outcome:
-        """So many callers, each with its next request when the last was answered."""
+        """Closed loop: `callers` that each send a request when the last one is answered."""
 
         async def send(one: Callable[[], Awaitable[None]]) -> None:
             async def caller() -> None:
@@ -71,7 +71,7 @@ class Load:
         return await self._observe(send)
 
     async def open(self, rate: float, count: int) -> Outcome:
-        """So many requests a second, at random times, however many are unanswered."""
+        """Open loop: `rate` requests per second, at random times, however many are in flight."""
 
         async def send(one: Callable[[], Awaitable[None]]) -> None:
             due = time.monotonic()
@@ -89,7 +89,7 @@ class Load:
     ) -> Outcome:
         async with grpc.aio.insecure_channel(self.url) as channel:
             stub = GRPCInferenceServiceStub(channel)
-            # Bytes that were written once: what callers cost is taken from the server's cores.
+            # Serialized once, because the callers use the same cores as the server.
             infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
             requests = [
                 _wire.request(question("embed"), [data]).SerializeToString() for data in self.images
@@ -126,7 +126,7 @@ class Load:
 
 
 async def executed(stub: GRPCInferenceServiceStub) -> dict[str, tuple[int, float]]:
-    """By model: images, and seconds spent on them, by the server's own count."""
+    """Images and seconds of execution by model, from the server's statistics."""
     answer = await stub.ModelStatistics(pb.ModelStatisticsRequest())
     return {
         model.name: (

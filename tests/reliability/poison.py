@@ -1,7 +1,7 @@
-"""A corpus of bad images, made by code from the goldens and photos: the same bytes in every run.
+"""A corpus of bad images, generated from the goldens and photos: the same bytes in every run.
 
-`corpus()` gives more than 2,000; `pillow()` says what the server owes for each: Pillow's pixels
-by the documented transform, or a refusal.
+`corpus()` yields more than 2,000; `pillow()` gives the expected result for each: Pillow's pixels
+after the documented transform, or a rejection.
 """
 
 import io
@@ -36,7 +36,7 @@ class Case:
 
 
 def corpus(large: bool = True) -> Iterator[Case]:
-    """All cases, one after the other: some are tens of megabytes. Or all but the bombs."""
+    """All cases, lazily, because some are tens of megabytes; without the bombs if not `large`."""
     seeds = dict(originals())
     for name, data in seeds.items():
         yield Case(f"as it is/{name}", data, "good")
@@ -61,7 +61,7 @@ def corpus(large: bool = True) -> Iterator[Case]:
 
 
 def pillow(data: bytes, side: int) -> Pixels | None:
-    """What Pillow and the documented transform make of a file; None where they refuse it."""
+    """The result of Pillow and the documented transform; None if they reject the file."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
@@ -73,7 +73,7 @@ def pillow(data: bytes, side: int) -> Pixels | None:
 
 
 def resized(image: Image.Image, height: int, width: int) -> Pixels:
-    """Pillow's resize, in the order of passes of Pillow 13, which earlier ones do not have."""
+    """Pillow's resize, with the passes in the order of Pillow 13; earlier versions differ."""
     vertical_first = image.height > height and image.height - height > 2 * (image.width - width)
     between = (image.width, height) if vertical_first else (width, image.height)
     bicubic = Image.Resampling.BICUBIC
@@ -81,7 +81,7 @@ def resized(image: Image.Image, height: int, width: int) -> Pixels:
 
 
 def originals() -> Iterator[tuple[str, bytes]]:
-    """Whole files: the goldens, the photos, and a small one of each further encoding."""
+    """Intact files: the goldens, the photos, and a small one of each other encoding."""
     for folder in ("tests/goldens/images", "photos"):
         for path in sorted((ROOT / folder).iterdir()):
             if path.suffix != ".md":
@@ -134,7 +134,7 @@ def truncated(name: str, data: bytes) -> Iterator[Case]:
 
 
 def flipped(name: str, data: bytes) -> Iterator[Case]:
-    """Bits of the header turned one at a time, then 1 to 64 bytes anywhere."""
+    """Single bits of the header flipped, then 1 to 64 bytes anywhere changed."""
     rng = random.Random(name)
     for i in range(12):
         at, bit = rng.randrange(min(len(data), 200)), rng.randrange(8)
@@ -149,7 +149,7 @@ def flipped(name: str, data: bytes) -> Iterator[Case]:
 
 
 def rearranged(name: str, data: bytes) -> Iterator[Case]:
-    """Parts zeroed, set, repeated and left out."""
+    """Parts zeroed, set to ones, repeated and removed."""
     rng = random.Random(name)
     for i in range(4):
         start, size = rng.randrange(len(data)), rng.randrange(1, len(data) // 4 + 2)
@@ -217,7 +217,7 @@ def odd_sizes() -> Iterator[Case]:
 
 
 def foreign() -> Iterator[Case]:
-    """What people send that is no photo, and what Pillow could open but must not."""
+    """Files that are not photos, and formats that Pillow could open but must not."""
     svg = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
     xxe = b'<!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>'
     texts = {"svg": svg, "svg with an entity": xxe, "html": b"<!doctype html><img src=x>"}
@@ -239,7 +239,7 @@ def foreign() -> Iterator[Case]:
 
 
 def polyglots(seeds: dict[str, bytes]) -> Iterator[Case]:
-    """Files that are two things at once."""
+    """Files that are valid in two formats."""
     photo, icon = seeds["gray.jpg"], seeds["one-pixel.png"]
     archive = b"PK\x03\x04" + bytes(26) + b"PK\x05\x06" + bytes(18)
     script = b"<script>alert(1)</script>"

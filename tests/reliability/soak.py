@@ -1,8 +1,8 @@
 """Mixed traffic for a long time, every answer compared with the known right one: `make soak`.
 
-All tasks, good and bad images, lists of both, calls that are cancelled or whose time is short, and
-whole clients killed in the middle. Nothing may be lost or wrong, and the server's memory and file
-descriptors must stay flat.
+All tasks, good and bad images, lists of both, calls that are cancelled or have short timeouts, and
+clients killed with requests in flight. No result may be lost or wrong, and the server's memory and
+file descriptors must stay flat.
 """
 
 import argparse
@@ -35,8 +35,8 @@ BIN = Path(sys.executable).parent
 TASKS = ("classify", "probabilities", "embed", "features", "analyze")
 WORKERS = 12
 SAMPLE_SECONDS = 2
-ATOL = 1e-4  # one image's numbers, whatever batch it was in
-# Over the second half. What the allocators keep wanders by about half of this.
+ATOL = 1e-4  # for one image, in whatever batch
+# Over the second half. Memory kept by allocators fluctuates by about half of this.
 GROWTH_MIB, GROWTH_DESCRIPTORS = 16, 4
 
 Answer = dict[str, Any]
@@ -44,7 +44,7 @@ Answer = dict[str, Any]
 
 @dataclass(frozen=True)
 class Known:
-    """An image, and its right answer to each task; none for a bad one."""
+    """An image and its correct result for each task; none for a bad image."""
 
     data: bytes
     answer: Answer | None
@@ -52,7 +52,7 @@ class Known:
 
 @dataclass
 class Result:
-    """What happened: calls by kind and outcome, everything that was not right, and samples."""
+    """Calls by kind and outcome, all errors, and samples of the server's footprint."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Result:
 
 
 def known(repository: Path) -> tuple[list[Known], list[Known]]:
-    """Good and bad images. The answers are those of Pillow and model.pt, in this process."""
+    """Good and bad images, with results computed by Pillow and model.pt in this process."""
     report = json.loads((repository / "build_report.json").read_text())
     side = report["network"]["image_size"][0]
     module = torch.jit.load(model_file(repository))
@@ -85,7 +85,7 @@ def known(repository: Path) -> tuple[list[Known], list[Known]]:
 
 
 def right(task: str, got: Any, answer: Answer) -> bool:
-    """Whether it is the known answer for one image."""
+    """Whether `got` is the known result for one image."""
     if task == "classify":
         scores = [guess.score for guess in got]
         wanted = np.sort(answer["probabilities"])[::-1][: len(got)]
@@ -102,7 +102,7 @@ def right(task: str, got: Any, answer: Answer) -> bool:
 
 
 class Traffic:
-    """Callers of one client, each doing one thing after another."""
+    """Callers of one client, each with one call at a time."""
 
     def __init__(self, client: AsyncClient, good: list[Known], bad: list[Known], seed: int) -> None:
         self.client, self.good, self.bad = client, good, bad
@@ -124,7 +124,7 @@ class Traffic:
             self.count("bad: WRONG: answered")
 
     async def several(self) -> None:
-        """More than a request holds, some of them bad."""
+        """More images than fit one request, some of them bad."""
         task = self.rng.choice(TASKS)
         images = self.rng.choices(self.good, k=self.rng.randint(2, 24))
         if self.rng.random() < 0.5:
@@ -142,7 +142,7 @@ class Traffic:
         self.judge("several", task, list(got), images)
 
     async def cancelled(self) -> None:
-        """Given up on while it is under way."""
+        """A call cancelled in flight."""
         call = asyncio.create_task(self.several())
         await asyncio.sleep(self.rng.random() * 0.05)
         call.cancel()
@@ -152,12 +152,12 @@ class Traffic:
             self.count("cancelled")
 
     async def hurried(self) -> None:
-        """With less time than it may need."""
+        """A call with a timeout that may be too short."""
         image = self.rng.choice(self.good)
         try:
             got = await self.client.embed(image.data, timeout=self.rng.uniform(0.001, 0.05))
             self.judge("short timeout", "embed", [got], [image])
-        except (DeadlineExceeded, Overloaded):  # here, or already in the server's queue
+        except (DeadlineExceeded, Overloaded):  # in the client, or in the server's queue
             self.count("short timeout: expired")
 
     def judge(self, kind: str, task: str, got: list[Any], images: list[Known]) -> None:
@@ -178,7 +178,7 @@ class Traffic:
             action = self.rng.choice(actions)
             try:
                 await action()
-            except Exception as e:  # no answer is what this looks for
+            except Exception as e:  # any other error is a finding
                 self.count(f"{action.__name__}: LOST: {type(e).__name__}: {e}")
 
     def mixture(self) -> list[Callable[[], Awaitable[None]]]:
@@ -187,7 +187,7 @@ class Traffic:
 
 
 async def soak(url: str, pid: int, repository: Path, seconds: float, seed: int = 0) -> Result:
-    """Every kind of traffic at a running server, for that long."""
+    """All kinds of traffic against a running server, for that long."""
     good, bad = known(repository)
     end = time.monotonic() + seconds
     async with AsyncClient(url, retries=0) as client:
@@ -208,7 +208,7 @@ async def soak(url: str, pid: int, repository: Path, seconds: float, seed: int =
 
 
 async def many(url: str, pid: int, repository: Path, requests: int) -> Result:
-    """That many requests of one small image, of all tasks in turn."""
+    """That many requests of one small image, cycling through all tasks."""
     good, bad = known(repository)
     smallest = min(good, key=lambda image: len(image.data))
     left = iter(range(requests))
@@ -224,7 +224,7 @@ async def many(url: str, pid: int, repository: Path, requests: int) -> Result:
 
 
 async def vanish(url: str, folder: str, traffic: Traffic, end: float) -> None:
-    """Clients, each a process of its own, that are killed with requests in flight."""
+    """Clients, each in its own process, that are killed with requests in flight."""
     command = [BIN / "vit-client", "classify", folder, "--json", "--url", url]
     while time.monotonic() < end:
         quiet = subprocess.DEVNULL
@@ -251,7 +251,7 @@ async def watch(pid: int, result: Result, going: Callable[[], bool]) -> None:
 
 
 def growth(samples: list[tuple[float, Footprint]]) -> list[str]:
-    """What grew over the second half, by the slope of a straight line through the samples."""
+    """What grew over the second half, by the slope of a line fitted to the samples."""
     found = []
     for name, (mib, descriptors) in slopes(samples).items():
         if mib > GROWTH_MIB:
@@ -279,7 +279,7 @@ def slopes(samples: list[tuple[float, Footprint]]) -> dict[str, tuple[float, flo
 
 
 def report(result: Result) -> str:
-    """What a person wants to see of it."""
+    """A readable summary."""
     lines = [f"{count:9,} {outcome}" for outcome, count in sorted(result.counts.items())]
     (_, first), (_, middle), (seconds, last) = (
         result.samples[i] for i in (0, len(result.samples) // 2, -1)
@@ -292,7 +292,7 @@ def report(result: Result) -> str:
 
 @contextmanager
 def tiny_server() -> Iterator[tuple[str, int, Path]]:
-    """The tiny model, built and served: its gRPC address, vit-server's pid, and the repository."""
+    """Build and serve the tiny model: gRPC address, vit-server's pid, and repository."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder, "models")
         settings = vit_builder.Settings(precision="fp32", max_batch_size=16, top_k=12)
@@ -316,7 +316,7 @@ def tiny_server() -> Iterator[tuple[str, int, Path]]:
 
 
 def main() -> int:
-    """Entry point; 1 where anything was lost, wrong or growing."""
+    """Entry point; returns 1 if anything was lost, wrong or growing."""
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--minutes", type=float, default=30, help="duration of the mixed traffic (default: 30)"

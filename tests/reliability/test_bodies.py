@@ -1,5 +1,5 @@
-"""No body of a request ends the server, whatever its size, kind and pace: it is refused, and others
-are served."""
+"""No request body crashes the server, whatever its size, kind and pace: it is rejected, and other
+requests are served."""
 
 import contextlib
 import gzip
@@ -23,9 +23,9 @@ MIB = 1 << 20
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 INFER = "/v2/models/embed/infer"
 RAW = {"Inference-Header-Content-Length": "0"}
-# curl says so of a body unless told. Triton's HTTP library then parses it on the stack.
+# curl's default for a body. Triton's HTTP library then parses it on the stack.
 FORM = {**RAW, "Content-Type": "application/x-www-form-urlencoded"}
-# It looks at the beginning only.
+# It compares the beginning only.
 NEARLY = [
     f"Application/x-www-form-urlencoded{end}" for end in ("X", " foo", ",", "/x", '"', ";a=b")
 ]
@@ -34,7 +34,7 @@ Body = bytes | Iterator[bytes]
 
 @pytest.fixture(scope="module")
 def server(tiny_repository: Path) -> Iterator[Server]:
-    """Its own: it may end here."""
+    """A separate server, because it may crash."""
     with serving(tiny_repository) as server:
         yield server
         assert server.process.poll() is None
@@ -43,13 +43,13 @@ def server(tiny_repository: Path) -> Iterator[Server]:
 def ask(
     server: Server, path: str = INFER, body: Body = b"", headers: dict[str, str] = RAW
 ) -> tuple[int, bytes]:
-    """Status and body of the answer to a POST; an iterator is sent in chunks."""
+    """Status and body of the response to a POST; an iterator is sent in chunks."""
     url = server.metrics_url if path == "/metrics" else server.http_url
     host = url.removeprefix("http://").partition("/")[0]
     connection = http.client.HTTPConnection(host, timeout=120)
     try:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", path, body, headers)  # or refused before all of it is sent
+            connection.request("POST", path, body, headers)  # or rejected before all is sent
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -57,7 +57,7 @@ def ask(
 
 
 def connected(server: Server) -> socket.socket:
-    """To say what no HTTP library would."""
+    """A raw connection, to send what no HTTP library would."""
     host, _, port = server.http_url.removeprefix("http://").rpartition(":")
     return socket.create_connection((host, int(port)), timeout=150)
 
@@ -99,7 +99,7 @@ def test_at_any_path(server: Server, path: str) -> None:
 @pytest.mark.parametrize("mib", [65, 2000])
 def test_what_is_larger_is_refused(server: Server, mib: int) -> None:
     length = {"Content-Length": str(mib * MIB)}
-    for headers in (FORM | length, FORM):  # told before, or found out on the way
+    for headers in (FORM | length, FORM):  # known in advance, or found while receiving
         status, body = ask(server, body=zeros(mib), headers=headers)
         assert status == 413
         assert "67108864 bytes" in body.decode()
@@ -115,7 +115,7 @@ def test_json(server: Server) -> None:
         status, body = ask(server, body=start * 9_000, headers={})
         assert status == 400
         assert "nested" in body.decode()
-    members = ",".join(f'"{i}":1' for i in range(1_000_000))  # each is looked for among all
+    members = ",".join(f'"{i}":1' for i in range(1_000_000))  # each is looked up among all others
     status, body = ask(server, body=f'{{"parameters":{{{members}}}}}'.encode(), headers={})
     assert status == 400
     assert "members" in body.decode()
@@ -134,7 +134,7 @@ def test_gzip_counts_as_what_it_becomes(server: Server) -> None:
 
 
 def test_chunks_of_a_byte(server: Server) -> None:
-    """Triton 2.51 keeps an address on the stack for each."""
+    """Triton 2.51 keeps an address on the stack for each chunk."""
     head = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nInference-Header-Content-Length: 0\r\n"
     with connected(server) as connection:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -163,12 +163,12 @@ def test_it_is_no_proxy(server: Server, start: str) -> None:
 
 
 def test_many_at_a_time(server: Server) -> None:
-    """Those that there is room for are looked at, and others are told to come later."""
+    """Those for which there is room are processed; the others get status 503."""
     with ThreadPoolExecutor(24) as pool:
         large = [pool.submit(ask, server, INFER, bytes(63 * MIB), FORM) for _ in range(24)]
         statuses = {future.result()[0] for future in large}
     assert statuses <= {400, 503}
-    assert 400 in statuses  # those that come too late cost the others nothing
+    assert 400 in statuses  # the rejected ones do not affect the others
     answers(server)
 
 
@@ -185,11 +185,11 @@ def test_slow_senders_hold_up_nobody(server: Server) -> None:
 
 
 def test_connections_that_say_nothing(tiny_repository: Path) -> None:
-    """More than there are files for: they cost others HTTP, until they end, but not gRPC."""
+    """More than there are file descriptors: they block HTTP while open, but not gRPC."""
     files = ["prlimit", "--nofile=1024:1024"]
     with serving(tiny_repository, under=files) as server:
         silent = [connected(server) for _ in range(1100)]
-        time.sleep(2)  # it looks at its processes
+        time.sleep(2)  # vit-server checks its processes
         assert server.infer("embed", "image", [PHOTO])["embedding"].shape == (1, 64)
         for connection in silent:
             connection.close()
@@ -212,7 +212,7 @@ def test_they_do_not_hold_up_its_end(tiny_repository: Path) -> None:
 
 
 def test_the_largest_message_of_grpc(server: Server) -> None:
-    """Triton takes what gRPC can carry; then preprocess refuses it unseen."""
+    """Triton accepts any size that gRPC can carry; preprocess rejects it without decoding."""
     size = 2_000_000_000
     message = service_pb2.ModelInferRequest(model_name="embed")
     message.inputs.add(name="image", datatype="BYTES", shape=[1, 1])

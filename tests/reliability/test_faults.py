@@ -1,7 +1,7 @@
-"""What breaks is found out within seconds, and never answered wrongly.
+"""Faults are detected within seconds and never cause wrong results.
 
-vit-server ends with exit code 1 and a sentence, for its supervisor to start it again; callers of
-the SDK see an error that says whether to try again, or none where there is another server.
+vit-server exits with code 1 and one line, so that its supervisor restarts it; callers of the SDK
+get an error that says whether it is retryable, or none if there is another server.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ Known = tuple[list[bytes], Array]  # images, and the embedding of each
 
 @pytest.fixture(scope="module")
 def known(tiny_server: Server) -> Known:
-    """They differ, so that the answer of another image is a wrong one."""
+    """Distinct results, so that the result of another image is detected as wrong."""
     rng = np.random.default_rng(0)
     images = [png(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(12)]
     with Client(tiny_server.url) as client:
@@ -65,9 +65,9 @@ def same(answer: Array, right: Array) -> bool:
 
 
 async def kill_under_load(url: str, pid: int, known: Known) -> tuple[Counter[str], float]:
-    """What callers see while the process `pid` is killed, and the seconds until all had an answer.
+    """Kill the process `pid` under load; outcomes, and seconds until all calls had ended.
 
-    Every call is one of these: answered rightly, or an error by its name.
+    The outcome of a call is "right", or the name of its error.
     """
     outcomes: Counter[str] = Counter()
     killed = 0.0
@@ -125,14 +125,14 @@ def test_a_killed_process(tiny_repository: Path, known: Known, victim: str) -> N
 
 
 def test_a_crash_that_hangs(tiny_repository: Path) -> None:
-    """As where the heap is broken: tritonserver's own handler waits for memory, for ever."""
+    """As with a corrupt heap: tritonserver's own signal handler blocks in malloc forever."""
     with serving(tiny_repository, errors=True) as server:
         assert server.process.stderr is not None
         pids, triton = descendants(server.process.pid), tritonserver(server.process.pid)
         os.kill(triton, signal.SIGABRT)
         for line in server.process.stderr:
             if line.startswith("Signal (6)"):
-                os.kill(triton, signal.SIGSTOP)  # in its handler
+                os.kill(triton, signal.SIGSTOP)  # as if in its handler
                 break
         assert server.process.wait(20) == 137
         said = server.process.stderr.read().splitlines()[-1]
@@ -147,7 +147,7 @@ def cut_model(repository: Path) -> None:
 
 
 def swapped_model(repository: Path) -> None:
-    """One byte of one weight is another."""
+    """Change one byte of one weight."""
     model = built(repository, "vit", "model.pt")
     data = bytearray(model.read_bytes())
     data[len(data) // 2] ^= 1
@@ -164,7 +164,7 @@ def short_labels(repository: Path) -> None:
 
 
 def exchanged_labels(repository: Path) -> None:
-    """As many as there should be, in another order: every answer would have a wrong name."""
+    """The right number in another order: every result would have a wrong label."""
     labels = built(repository, "postprocess", "labels.txt")
     labels.write_bytes(b"".join(reversed(labels.read_bytes().splitlines(True))))
 
@@ -195,7 +195,7 @@ def test_damage_while_it_serves_changes_no_answer(tiny_repository: Path, tmp_pat
         before = client.classify(PHOTO, top_k=12)
         for damage in DAMAGE[:2] + DAMAGE[3:] + DAMAGE[2:3]:
             damage(repository)
-            time.sleep(1.5)  # Triton looks once a second
+            time.sleep(1.5)  # Triton polls once a second
             assert client.classify(PHOTO, top_k=12) == before
         shutil.rmtree(repository)
         time.sleep(1.5)
@@ -203,7 +203,7 @@ def test_damage_while_it_serves_changes_no_answer(tiny_repository: Path, tmp_pat
 
 
 def small_shm(megabytes: int) -> list[str]:
-    """A command that runs another with a /dev/shm of its own."""
+    """A wrapper command with its own /dev/shm."""
     return with_mounts(f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm")
 
 
@@ -220,7 +220,7 @@ def test_dev_shm_too_small_to_start(tiny_repository: Path) -> None:
 
 
 def test_dev_shm_fills_up(tiny_repository: Path, tmp_path: Path, known: Known) -> None:
-    """What Triton needs for usual requests it has taken beforehand."""
+    """Triton has allocated what usual requests need beforehand."""
     repository = tmp_path / "models"
     shutil.copytree(tiny_repository, repository)
     for config in (repository / "preprocess/config.pbtxt", repository / "vit/config.pbtxt"):
@@ -240,7 +240,7 @@ def test_dev_shm_fills_up(tiny_repository: Path, tmp_path: Path, known: Known) -
 
 @contextlib.contextmanager
 def memory_limit(pids: set[int], megabytes: int) -> Iterator[None]:
-    """From here on these processes get that much more memory, together."""
+    """Limit these processes, together, to that much more memory from now on."""
     root = Path("/sys/fs/cgroup")
     first = (root / "memory").is_dir()  # version 1
     group = (root / "memory" if first else root) / f"vit-test-{os.getpid()}"
@@ -263,7 +263,7 @@ def memory_limit(pids: set[int], megabytes: int) -> Iterator[None]:
 
 def test_memory_limit(tiny_repository: Path) -> None:
     file = io.BytesIO()
-    Image.new("RGB", (7000, 7000)).save(file, "JPEG")  # small, until it is decoded
+    Image.new("RGB", (7000, 7000)).save(file, "JPEG")  # small until it is decoded
     with serving(tiny_repository) as server:
         pids = descendants(server.process.pid)
         with memory_limit({server.process.pid, *pids}, 64):
@@ -272,13 +272,13 @@ def test_memory_limit(tiny_repository: Path) -> None:
                 with pytest.raises(VitClientError) as caught:
                     client.embed([file.getvalue()] * 8)
             assert caught.value.retryable, caught.value
-            # Whichever process the kernel has chosen.
+            # Depends on the process that the kernel kills.
             assert server.process.wait(60) in (1, 137, -9)
             assert gone(pids, seconds=45)
 
 
 class FailsOnWhite(torch.nn.Module):
-    """As a network would whose memory ran out: for some batches."""
+    """Fails for some batches, like a network that runs out of memory."""
 
     def __init__(self, served: torch.jit.ScriptModule) -> None:
         super().__init__()
@@ -293,7 +293,7 @@ class FailsOnWhite(torch.nn.Module):
 
 
 async def one_by_one(url: str, known: Known, white: int = 0, retries: int = 0) -> Counter[str]:
-    """Outcomes of 96 requests of one image, many at a time, some white ones in the middle."""
+    """Outcomes of 96 concurrent requests of one image, with some white ones in the middle."""
     images, right = known
 
     async def ask(i: int) -> str:
@@ -315,7 +315,7 @@ async def one_by_one(url: str, known: Known, white: int = 0, retries: int = 0) -
 
 
 def malformed(model: str, name: str, datatype: str, shape: list[int]) -> pb.ModelInferRequest:
-    """A string of 100 bytes that has one; or a shape of no rows, with bytes for one."""
+    """A string with length 100 but one byte; or a shape of zero rows with the bytes of one."""
     request = pb.ModelInferRequest(model_name=model)
     request.inputs.add(name=name, datatype=datatype, shape=shape)
     rows = shape[0] or math.prod(shape[1:])
@@ -333,7 +333,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_malformed_requests_beside_others(tiny_server: Server, known: Known, kind: str) -> None:
-    """Triton fails all of a batch for some of these; the SDK tries again, however many come."""
+    """Some of these make Triton fail the whole batch; the SDK retries, however many there are."""
 
     async def run() -> tuple[int, Counter[str]]:
         async with grpc.aio.insecure_channel(tiny_server.url) as channel:
@@ -353,7 +353,7 @@ def test_malformed_requests_beside_others(tiny_server: Server, known: Known, kin
 
 
 def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, known: Known) -> None:
-    """All that were in it are told; the rest, and all who come later, are answered."""
+    """All requests in it get an error; all others, and later ones, succeed."""
     repository = tmp_path / "models"
     shutil.copytree(tiny_repository, repository)
     model, report = built(repository, "vit", "model.pt"), repository / "build_report.json"
@@ -372,5 +372,5 @@ def test_a_batch_that_fails(tiny_repository: Path, tmp_path: Path, known: Known)
         )
         assert set(outcomes) <= {"right", f"ServerError: {failed}", f"white: {failed}"}
         assert outcomes[f"white: {failed}"] == 4
-        assert outcomes["right"] >= 64  # what was in no batch with a white one
+        assert outcomes["right"] >= 64  # those in no batch with a white one
         assert asyncio.run(one_by_one(server.url, known)) == {"right": 96}

@@ -1,6 +1,6 @@
-"""Four times what can be served: bounded waits, quick refusals, nothing wrong, and no work wasted.
+"""Four times the capacity: bounded waits, fast rejections, no wrong results, no wasted work.
 
-`python -m pytest tests/reliability/test_overload.py -s` tells the figures.
+`python -m pytest tests/reliability/test_overload.py -s` prints the figures.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from .open_loop import Load
 
 
 def image(seed: int, side: int) -> bytes:
-    """A JPEG that is quickly sent, and takes the longer to decode the larger it is."""
+    """A JPEG with a small file, whose decoding time grows with its side."""
     colours = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(colours).resize((side, side)).save(file, "JPEG", quality=50)
@@ -35,7 +35,7 @@ SMALL = [image(seed, 64) for seed in range(8)]
 LARGE = [image(seed, 2400) for seed in range(8)]
 
 
-@pytest.mark.timeout(600)  # the full-size model takes minutes where others use the cores
+@pytest.mark.timeout(600)  # the full-size model takes minutes on a busy machine
 @pytest.mark.parametrize(
     ("server", "images", "bottleneck", "processes", "tolerance"),
     [
@@ -71,28 +71,28 @@ def test_four_times_the_load(
     for name, outcome in phases.items():
         print(f"\n{bottleneck}, {name}: {outcome}", end="")
     cores = len(os.sched_getaffinity(0))
-    left = (cores - over.callers) / (cores - peak.callers)  # to the server
+    left = (cores - over.callers) / (cores - peak.callers)  # for the server
     goodput = over.rate / statistics.mean((peak.rate, peak_again.rate))
     print(f"\ngoodput {goodput:.2f} of the peak, with {left:.2f} of the cores", end="")
 
     for outcome in phases.values():
         assert outcome.wrong == 0
         assert not outcome.other
-    # At once: a moment beside what the accepted ones wait.
+    # Rejected at once, compared with the wait of accepted ones.
     assert len(over.refused) > len(over.answered) / 2
     assert np.quantile(over.refused, 0.9) < statistics.median(over.answered) / 4
     assert max(over.answered) < 2 * places / over.rate
-    # Refused before anything was done for them; and there is always something to do.
-    # (A few images are vit-server's own, to see whether the models live.)
+    # Rejected before any work; and the bottleneck is never idle.
+    # (A few images are vit-server's own health checks.)
     assert over.images["preprocess"] < len(over.answered) + 10
     assert over.images["vit"] < len(over.answered) + 10
     assert over.busy[bottleneck] > 0.75 * processes
-    # Nothing is left over when the last is answered: a single request waits for nobody.
+    # No work is left after the last response: a single request does not wait.
     assert again.busy["preprocess"] + again.busy["vit"] > 0.7
 
 
 def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
-    """Callers with half a second each, and several seconds of work."""
+    """Callers with a timeout of half a second, and several seconds of work."""
 
     async def ask(client: AsyncClient, data: bytes) -> str:
         try:
@@ -112,17 +112,17 @@ def test_nothing_is_done_for_those_who_have_left(tiny_server: Server) -> None:
     done = {name: count - before[name] for name, count in settled(tiny_server).items()}
     answered = outcomes.count("answered")
     print(f"\n{answered} of 120 answered; the server's count: {done}", end="")
-    # Two batches are being decoded when their callers leave, and one is on its way through vit.
+    # Two batches are being decoded when their callers time out, and one is in vit.
     assert done["decoded"] <= answered + 48
-    # Where this machine is busy, some callers leave before their request is there.
+    # On a busy machine some callers time out before their request arrives.
     assert 0 < done["expired"] <= 120 - answered
     assert done["vit"] <= done["decoded"]
 
 
 @pytest.mark.timeout(600)
 def test_rows_count_not_requests(full_server: Server) -> None:
-    """Requests of a whole batch each, after many of one image: nearly all of them wait before they
-    are decoded."""
+    """Requests of a whole batch each, after many of one image: nearly all of them queue before
+    decoding."""
     batch = max_batch_size(full_server.repository)
     with ThreadPoolExecutor(16) as pool:
         for _ in range(64):
@@ -140,12 +140,12 @@ def test_rows_count_not_requests(full_server: Server) -> None:
     for answer in answers:
         answer.result()
     print(f"\nat most {most} of {16 * batch} images were decoded and not answered", end="")
-    # A batch is in vit and one before it; each of two processes may have two on their way.
+    # One batch is in vit and one queued; each of two processes may have two more in flight.
     assert batch < most <= 6 * batch
 
 
 def settled(server: Server) -> dict[str, int]:
-    """The counters once nothing changes any more, but for what vit-server itself asks."""
+    """The counters once they are stable, apart from vit-server's health checks."""
     deadline = time.monotonic() + 60
     last: dict[str, int] = {}
     now = counters(server)
@@ -157,7 +157,7 @@ def settled(server: Server) -> dict[str, int]:
 
 
 def counters(server: Server) -> dict[str, int]:
-    """The server's own, from its metrics, of whatever version."""
+    """The server's counters, summed over model versions."""
     with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
         metrics = response.read().decode()
 

@@ -1,4 +1,4 @@
-"""More than 3,000 bad images: each answered, none at the cost of another."""
+"""More than 3,000 bad images: each gets a response, and none affects another."""
 
 import random
 import re
@@ -25,25 +25,25 @@ from bench.footprint import MIB, footprint, peak, settled
 from . import poison
 from .poison import Case
 
-SIDE = 64  # of the tiny model's image
+SIDE = 64  # image size of the tiny model
 IN_FLIGHT = 8
-PATIENCE = 120  # seconds for one answer, on a busy machine
+PATIENCE = 120  # seconds for one response, on a busy machine
 ROWS = 16  # max_batch_size
 GOOD = [data for name, data in poison.originals() if name in ("coffee.jpg", "rgba.png", "gray.jpg")]
 NAMED = re.compile(r"(?:^|INVALID_ARGUMENT )image\[(\d+)\]: .", re.M)
-# A leak is there in every pass; what the allocator keeps comes in steps, of up to 60 MiB.
+# A leak grows in every pass; memory kept by the allocator grows in steps of up to 60 MiB.
 PASSES, LEAK_MIB, STEPS_MIB = 5, 4, 150
 
 pytestmark = [
     pytest.mark.timeout(900),
-    # Pillow's, in this process, about files that are meant to be odd.
+    # Pillow's warnings in this process, about files that are malformed on purpose.
     pytest.mark.filterwarnings("ignore"),
 ]
 
 
 @pytest.fixture(scope="module")
 def server(tiny_repository: Path) -> Iterator[Server]:
-    """One of its own, so that its memory is not other tests'."""
+    """A separate server, so that other tests do not affect its memory."""
     with serving(tiny_repository) as server:
         yield server
 
@@ -57,19 +57,19 @@ def _pillow_without_its_own_limit() -> Iterator[None]:
 
 @dataclass
 class Answers:
-    """What came back for a set of cases, each in a request of its own."""
+    """Responses to a set of cases, each in its own request."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     refused: dict[str, bool] = field(default_factory=dict)
     slowest: tuple[float, str] = (0, "")
     peaks: dict[str, float] = field(default_factory=dict)
-    seconds_before: float = 0  # of a good request, alone
+    seconds_before: float = 0  # of a good request on an idle server
 
 
 @pytest.fixture(scope="module")
 def answers(server: Server) -> Answers:
-    """To the whole corpus, several requests in flight, a good one after every ten bad."""
+    """Responses to the whole corpus, with concurrent requests and a good one after ten bad."""
     answers = Answers()
     good = np.stack([poison.pillow(data, SIDE) for data in GOOD])
     answers.seconds_before = usual_seconds(server)
@@ -110,19 +110,19 @@ def answers(server: Server) -> Answers:
 def test_each_is_answered_with_pillows_pixels_or_why_not(answers: Answers) -> None:
     assert not answers.wrong, "\n".join(answers.wrong[:20])
     assert answers.outcomes["good"] > 300
-    # Else the corpus has become harmless.
+    # Otherwise the corpus has become harmless.
     assert answers.outcomes["refused"] > 1500
     assert answers.outcomes["pixels"] > 1000
 
 
 def test_memory_has_a_bound(answers: Answers) -> None:
-    """However many are in flight: 110 million pixels at up to 16 bytes, and the process itself."""
+    """However many are in flight: 110 million pixels of up to 16 bytes, plus the process."""
     bound = 16 * poison.MAX_PIXELS / MIB + 300
     assert max(answers.peaks.values()) < bound, answers.peaks
 
 
 def test_rows_of_one_request_are_told_apart(server: Server, answers: Answers) -> None:
-    """In any mixture the message names the bad rows and no other."""
+    """In any mixture the message names exactly the bad rows."""
     cases = small_cases()
     random.Random(0).shuffle(cases)
     with InferenceServerClient(server.url) as client:
@@ -138,7 +138,7 @@ def test_rows_of_one_request_are_told_apart(server: Server, answers: Answers) ->
 
 
 def test_good_requests_in_the_same_batches_lose_nothing(server: Server, answers: Answers) -> None:
-    """Through an ensemble, where the dynamic batcher mixes them."""
+    """Through an ensemble, where the dynamic batcher combines them."""
     good = server.infer("embed", "image", GOOD)["embedding"]
     cases = small_cases()[::7]
     failures = []
@@ -164,7 +164,7 @@ def test_good_requests_in_the_same_batches_lose_nothing(server: Server, answers:
 
 
 def test_memory_is_what_it_was(server: Server, answers: Answers) -> None:
-    """The first pass set the high-water marks; more must not raise them."""
+    """The first pass sets the high-water marks; further ones must not raise them."""
     seen = [settled(server.process.pid)]
     with InferenceServerClient(server.url) as client:
         for _ in range(PASSES):
@@ -181,7 +181,7 @@ def test_memory_is_what_it_was(server: Server, answers: Answers) -> None:
 
 
 def test_half_a_gigabyte_of_nothing(server: Server) -> None:
-    """Refused, in memory that has a bound; others are served meanwhile."""
+    """Rejected, in bounded memory; other requests are served meanwhile."""
     if psutil.virtual_memory().available < 6e9 or shutil.disk_usage("/dev/shm").free < 2e9:
         pytest.skip("needs 6 GB of memory, 2 of them in /dev/shm")
     nothing = bytes(500_000_000)
@@ -211,10 +211,9 @@ def test_half_a_gigabyte_of_nothing(server: Server) -> None:
         neighbour.result()
     assert not wrong
     print("", *seen, sep="\n")
-    # One such file's worth of shared memory stays in each of preprocess' processes (Triton's never
-    # shrinks), and tritonserver keeps as many messages for reuse as
-    # --grpc-infer-allocation-pool-size says: 8. So its peak above has room for these, and for the
-    # one that comes in, which it holds up to three times.
+    # Each process of preprocess keeps shared memory for one such file (Triton's never shrinks), and
+    # tritonserver keeps --grpc-infer-allocation-pool-size messages, 8, for reuse. So its peak above
+    # includes these, and the incoming message, of which it holds up to three copies.
     first, last = seen[0], seen[-1]
     decoders = [name for name in last.processes if name.startswith("preprocess")]
     assert last.shared - before.shared <= len(decoders) * 576
@@ -234,7 +233,7 @@ def test_afterwards_it_serves_as_before(server: Server, answers: Answers) -> Non
 
 
 def usual_seconds(server: Server) -> float:
-    """Of a good request, one at a time, where the machine does nothing else."""
+    """Latency of a good request, one at a time, on an idle machine."""
     seconds = []
     with InferenceServerClient(server.url) as client:
         for _ in range(300):
@@ -246,7 +245,7 @@ def usual_seconds(server: Server) -> float:
 
 
 def judge(case: Case, pixels: Any, error: str) -> str:
-    """refused, pixels, or what is wrong with the answer."""
+    """Returns refused, pixels, or what is wrong with the response."""
     if pixels is None:
         if case.owed == "good":
             return "wrong: refused"
@@ -261,7 +260,7 @@ def judge(case: Case, pixels: Any, error: str) -> str:
 
 
 def preprocess(client: Any, rows: list[bytes]) -> tuple[Any, str]:
-    """Pixels, or None and what the server said."""
+    """Pixels, or None and the server's error message."""
     tensor = InferInput("image", [len(rows), 1], "BYTES")
     tensor.set_data_from_numpy(np.array(rows, np.object_).reshape(-1, 1))
     try:
@@ -281,7 +280,7 @@ def small_cases() -> list[Case]:
 
 
 def several_at_once(calls: Iterable[Any]) -> None:
-    """Make calls from a few threads, without holding all their data at once."""
+    """Run the calls in a few threads, without holding all their data at once."""
     free = threading.Semaphore(2 * IN_FLIGHT)
     futures: list[Future[None]] = []
     with ThreadPoolExecutor(IN_FLIGHT) as pool:

@@ -1,4 +1,4 @@
-"""Told to stop: what was accepted is answered, what comes later is refused, nothing is left."""
+"""Graceful shutdown: accepted requests complete, later ones are rejected, nothing is left."""
 
 import asyncio
 import contextlib
@@ -25,9 +25,9 @@ TASKS = ("classify", "probabilities", "embed", "features", "analyze")
 
 
 async def stop_under_load(server: Server, number: int, before: Counter[str]) -> Counter[str]:
-    """Outcomes of requests that were sent after the signal; those sent before go to `before`.
+    """Outcomes of requests sent after the signal; those sent before it are added to `before`.
 
-    One that was written in the last moment may have been on its way: it is with those after.
+    One sent just before the signal may not have arrived yet, so it counts as sent after.
     """
     after: Counter[str] = Counter()
     told = 0.0
@@ -56,7 +56,7 @@ async def stop_under_load(server: Server, number: int, before: Counter[str]) -> 
         server.process.send_signal(number)
         told = time.monotonic()
         await asyncio.gather(*asking)
-    # There was something to lose.
+    # There were requests in flight.
     assert before["answered"] - answered > 10
     return after
 
@@ -112,7 +112,7 @@ def test_http_requests_are_answered_too(tiny_repository: Path) -> None:
         for thread in threads:
             thread.join()
     assert {status for sent, _, status in answers if sent < told} == {200}
-    # 404: no such model (any more); 503: stopping; 0: not even a word.
+    # 404: the model is unloaded; 503: shutting down; 0: no response.
     assert {status for sent, _, status in answers if sent >= told} <= {200, 404, 503, 0}
 
 
@@ -149,7 +149,7 @@ def idle_connection(server: Server) -> http.client.HTTPConnection:
 
 
 def test_an_idle_http_connection_does_not_keep_it(tiny_repository: Path) -> None:
-    """Triton waits for it, then gives up, with exit code 1."""
+    """Triton alone waits for it, then gives up with exit code 1."""
     with serving(tiny_repository) as server, contextlib.closing(idle_connection(server)):
         server.process.terminate()
         assert server.process.wait(60) == 0
@@ -158,7 +158,7 @@ def test_an_idle_http_connection_does_not_keep_it(tiny_repository: Path) -> None
 def test_a_second_signal_ends_it_at_once(tiny_repository: Path) -> None:
     with serving(tiny_repository) as server:
         pids = descendants(server.process.pid)
-        with contextlib.closing(idle_connection(server)):  # keeps it for a while
+        with contextlib.closing(idle_connection(server)):  # held open for a while
             server.process.terminate()
             time.sleep(1.5)
             server.process.terminate()
@@ -169,7 +169,7 @@ def test_a_second_signal_ends_it_at_once(tiny_repository: Path) -> None:
 
 
 def test_what_a_terminal_sends_twice_in_one_moment_is_one_signal(tiny_repository: Path) -> None:
-    """The kernel's SIGINT goes to the whole group, and a wrapper often passes its own on."""
+    """A terminal's SIGINT goes to the whole process group, and a wrapper often forwards its own."""
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, start_new_session=True

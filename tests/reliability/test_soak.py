@@ -14,7 +14,7 @@ from .soak import growth, known, many, report, right, soak
 
 @pytest.fixture(scope="module")
 def server(tiny_repository: Path) -> Iterator[Server]:
-    """One of its own, so that its memory is not other tests'."""
+    """A separate server, so that other tests do not affect its memory."""
     with serving(tiny_repository) as server:
         yield server
 
@@ -31,7 +31,7 @@ def test_nothing_is_lost_or_wrong_and_nothing_grows(server: Server) -> None:
 
 @pytest.mark.timeout(600)
 def test_every_request_of_many_is_counted(server: Server) -> None:
-    """What `python -m tests.reliability.soak --requests 100000` does, shorter."""
+    """A shorter `python -m tests.reliability.soak --requests 100000`."""
     result = asyncio.run(many(server.url, server.process.pid, server.repository, 3000))
     assert result.counts == {"one: right": 3000}
 
@@ -49,12 +49,12 @@ def test_it_would_see_growth() -> None:
 
 
 def test_it_would_see_another_images_answer(tiny_repository: Path) -> None:
-    """The good images have answers that can be told apart, at the tolerance used."""
+    """The results of the good images differ by more than the tolerance."""
     good, bad = known(tiny_repository)
     assert len(good) > 20
     assert len(bad) > 20
     for task in ("probabilities", "embed"):
         assert right(task, good[0].answer[task], good[0].answer)
-        # Some goldens are the same photo without loss.
+        # Some goldens are lossless copies of the same photo.
         alike = sum(right(task, image.answer[task], good[0].answer) for image in good)
         assert alike < 4

@@ -1,6 +1,6 @@
-"""A model's process that is held up for more than a second: its late answer is nobody's.
+"""A model's process that stalls for more than a second: its late response must be discarded.
 
-Triton 2.51 gives such a process up, and takes the answer that comes late for the next request's.
+Triton 2.51 gives up on such a process, and takes its late response for that of the next request.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from . import bombs, poison
 def test_process_that_was_stopped_ends_instead_of_answering(
     tiny_repository: Path, model: str
 ) -> None:
-    """It is stopped before the request comes to it."""
+    """It is stopped before the request reaches it."""
     first, second = (data for _, data in itertools.islice(poison.originals(), 2))
     with serving(tiny_repository) as server:
         server.infer("classify", "image", [first])
@@ -33,7 +33,7 @@ def test_process_that_was_stopped_ends_instead_of_answering(
         with pytest.raises(InferenceServerException, match="is not healthy"):
             server.infer("classify", "image", [first])
         send(signal.SIGCONT, held_up)
-        # An error may be tried again; another image's answer may not be given.
+        # An error is acceptable; the result of another image is not.
         with pytest.raises(InferenceServerException):
             server.infer("classify", "image", [second])
         assert server.process.wait(20) == 1
@@ -93,7 +93,7 @@ class TritonPythonModel(TritonPythonModel):
 def test_process_whose_threads_wait_for_pythons_lock_goes_on(
     tiny_repository: Path, tmp_path: Path
 ) -> None:
-    """Triton's own sign of life needs no lock; it is what tells this one from a stopped one."""
+    """Triton's own heartbeat needs no lock; it distinguishes this process from a stopped one."""
     repository = tmp_path / "models"
     shutil.copytree(tiny_repository, repository)
     model = built(repository, "postprocess", "model.py")
@@ -103,7 +103,7 @@ def test_process_whose_threads_wait_for_pythons_lock_goes_on(
     photo = next(data for _, data in poison.originals())
     with serving(repository) as server:
         wanted = server.infer("classify", "image", [photo])
-        while not told.exists():  # until the thread is known by its rhythm
+        while not told.exists():  # until the heartbeat thread is identified
             time.sleep(0.1)
         flag.touch()
         got = server.infer("classify", "image", [photo])

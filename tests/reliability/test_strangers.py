@@ -1,4 +1,4 @@
-"""Those who should not get in, and files that are not what they seem."""
+"""Unauthorized access, and files with misleading contents."""
 
 import contextlib
 import datetime
@@ -47,7 +47,7 @@ class Pair:
 
 
 class Certificates:
-    """Made here: an authority that is trusted, and one that is not."""
+    """Created here, by a trusted authority and an untrusted one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def mutual(tiny_repository: Path, certificates: Certificates) -> Iterator[Server]:
-    """Encrypted, and for those with a certificate of the authority only."""
+    """A server with mutual TLS: it requires a certificate of the authority."""
     client_ca = ["--tls-client-ca", str(certificates.ca)]
     with serving(tiny_repository, *certificates.good.server, *client_ca) as server:
         yield server
@@ -152,7 +152,7 @@ def test_old_tls_is_refused(mutual: Server) -> None:
 def test_with_tls_http_stays_on_this_machine(
     tiny_repository: Path, certificates: Certificates
 ) -> None:
-    """Asked to listen elsewhere (127.0.0.2 stands for it), gRPC does; HTTP has no TLS."""
+    """Only gRPC listens on another address (here 127.0.0.2), because HTTP has no TLS."""
     with serving(tiny_repository, "--host", "127.0.0.2", *certificates.good.server) as server:
         assert server.url.startswith("grpcs://127.0.0.2:")
         port = int(server.url.rpartition(":")[2])
@@ -186,7 +186,7 @@ def test_tls_files_that_do_not_work_are_told(
 
 
 def refused(server: Server, call: str, headers: dict[str, str]) -> str:
-    """What the server says to a call of its gRPC API that should not be open."""
+    """The server's error for a gRPC call that must not be allowed."""
     calls: dict[str, Any] = {
         "shared memory": lambda c: c.register_system_shared_memory("x", "/x", 64, headers=headers),
         "shared memory status": lambda c: c.get_system_shared_memory_status(headers=headers),
@@ -218,7 +218,7 @@ def test_grpc_apis_that_are_closed(tiny_server: Server, call: str, headers: dict
 
 @pytest.mark.parametrize("call", ["load", "load a file", "unload"])
 def test_nobody_controls_models_even_with_the_key(tiny_server: Server, call: str) -> None:
-    """Whoever has an account on this machine can read tritonserver's arguments."""
+    """Any user of this machine can read the key in tritonserver's arguments."""
     pid = tritonserver(tiny_server.process.pid)
     words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     (option,) = (word for word in words if word.startswith("--grpc-restricted-protocol"))
@@ -275,7 +275,7 @@ def test_a_path_for_a_model_is_unknown(tiny_server: Server, name: str) -> None:
 
 
 def test_labels_are_text(tmp_path: Path) -> None:
-    """Names of classes that would be paths, or commands, where anything took them for it."""
+    """Class names that could be taken for paths or commands."""
     names = ["../../../../tmp/owned", "/etc/passwd", "$(touch owned)", "`touch owned`", "a\0b"]
     names += ["{{7*7}}", "%s%n", "<script>", "x" * 100_000, "\u202egnp", "", "; touch owned"]
     model = vit_builder.load(GOLDENS / "tiny.pt")
@@ -288,7 +288,7 @@ def test_labels_are_text(tmp_path: Path) -> None:
 
 
 def test_names_in_an_archive_are_not_paths(tmp_path: Path) -> None:
-    """A .pt file is a zip archive: nothing of it is written anywhere."""
+    """A .pt file is a zip archive; none of its members is written to disk."""
     evil = tmp_path / "inner" / "evil.pt"
     evil.parent.mkdir()
     with (
@@ -306,7 +306,7 @@ def test_names_in_an_archive_are_not_paths(tmp_path: Path) -> None:
 
 
 def test_the_sdk_sends_no_file_that_was_not_asked_for(tiny_server: Server, tmp_path: Path) -> None:
-    """A file that the caller names is read; a name inside it is not."""
+    """A file that the caller names is read; a path inside it is not followed."""
     svg = tmp_path / "link.svg"
     svg.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg"><image href="{PHOTOS}/coffee.jpg"/></svg>'

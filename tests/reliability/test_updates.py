@@ -1,4 +1,4 @@
-"""vit-builder replaces a repository that is being served, or just being loaded."""
+"""vit-builder replaces a repository while it is served or loaded."""
 
 import contextlib
 import dataclasses
@@ -27,8 +27,8 @@ SETTINGS = vit_builder.Settings(precision="fp32", max_batch_size=16, top_k=12)
 def versions(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Versions:
-    """Two models whose answers can be told apart by labels, by scores, and each goes with its own:
-    the second has the classes in reverse, and other labels."""
+    """Two models that differ in labels and in scores, so that a mixture is detected: the second has
+    the classes in reverse and other labels."""
     first = vit_builder.load(GOLDENS / "tiny.pt")
     state = dict(first.state)
     for name in ("classifier.weight", "classifier.bias"):
@@ -52,7 +52,7 @@ def answers(
     versions: Versions,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[list[Prediction]]:
-    """What each version says, served alone."""
+    """The results of each version, served alone."""
     found = []
     for number, version in enumerate(versions):
         folder = tmp_path_factory.mktemp(f"version{number}") / "models"
@@ -84,7 +84,7 @@ def test_a_running_server_stays_with_what_it_started_with(
         try:
             for version in (versions[1], versions[0], versions[1]):
                 vit_builder.build(version, SETTINGS, repository)
-                time.sleep(1.5)  # Triton looks once a second
+                time.sleep(1.5)  # Triton polls once a second
         finally:
             stop.set()
             asking.join()
@@ -96,7 +96,7 @@ def test_a_running_server_stays_with_what_it_started_with(
 
 @contextlib.contextmanager
 def being_replaced(repository: Path, builds: list[Path], pause: float) -> Iterator[list[int]]:
-    """The way vit-builder does it, again and again; how often so far."""
+    """Replace the repository repeatedly, like vit-builder; yields the count so far."""
     count = [0]
     stop = threading.Event()
 
@@ -170,7 +170,7 @@ def test_a_bad_new_version_leaves_the_old_one(
         for line in builder.stderr or ():
             if line.startswith("Comparing"):
                 break
-        builder.kill()  # in the middle
+        builder.kill()  # midway
     assert content(repository) == before
     with serving(repository) as server:
         assert same(answer(server.url), answers[0])
