@@ -18,7 +18,7 @@ print(client.model())
 
 # %% Some photos.
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "photos")
-photos = sorted(folder.glob("*.jpg"))
+photos = sorted(path for path in folder.iterdir() if path.suffix in (".jpg", ".png"))
 print(len(photos), "photos")
 
 # %% Classify: the three most likely classes of one photo.

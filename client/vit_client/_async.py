@@ -163,7 +163,8 @@ class AsyncClient:
 
         Args:
             images: One image, or several.
-            top_k: Number of classes; at most `model().max_top_k`.
+            top_k: Number of classes; at most `model().max_top_k`, or 5 if that is less, which then
+                returns all of them.
             timeout: Seconds per request; defaults to the client's timeout.
             request_id: The request's id, as sent to Triton; generated if not given.
 
@@ -328,7 +329,8 @@ class AsyncClient:
             into: A NamedTuple or dataclass with some of the fields `predictions`, `probabilities`,
                 `embedding` and `neck`, each as its own method returns it for one image. Only these
                 are requested. Default: Analysis, with `predictions` and `embedding`.
-            top_k: Number of predictions; at most `model().max_top_k`.
+            top_k: Number of predictions; at most `model().max_top_k`, or 5 if that is less, which
+                then returns all of them.
             timeout: Seconds per request; defaults to the client's timeout.
             request_id: The request's id, as sent to Triton; generated if not given.
 
@@ -523,7 +525,8 @@ class AsyncClient:
             return timeout
         started = time.monotonic()
         most = (await self.model(timeout=timeout)).max_top_k
-        if not isinstance(asked.top_k, int) or not 1 <= asked.top_k <= most:
+        # The default is not an error for a model with fewer classes: it returns all of them.
+        if not isinstance(asked.top_k, int) or not 1 <= asked.top_k <= max(most, 5):
             raise ValueError(f"top_k must be a whole number from 1 to {most}, not {asked.top_k!r}")
         return max(0.001, timeout - (time.monotonic() - started))
 

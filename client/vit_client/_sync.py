@@ -163,7 +163,8 @@ class Client:
 
         Args:
             images: One image, or several.
-            top_k: Number of classes; at most `model().max_top_k`.
+            top_k: Number of classes; at most `model().max_top_k`, or 5 if that is less, which then
+                returns all of them.
             timeout: Seconds per request; defaults to the client's timeout.
             request_id: The request's id, as sent to Triton; generated if not given.
 
@@ -330,7 +331,8 @@ class Client:
             into: A NamedTuple or dataclass with some of the fields `predictions`, `probabilities`,
                 `embedding` and `neck`, each as its own method returns it for one image. Only these
                 are requested. Default: Analysis, with `predictions` and `embedding`.
-            top_k: Number of predictions; at most `model().max_top_k`.
+            top_k: Number of predictions; at most `model().max_top_k`, or 5 if that is less, which
+                then returns all of them.
             timeout: Seconds per request; defaults to the client's timeout.
             request_id: The request's id, as sent to Triton; generated if not given.
 

@@ -145,7 +145,7 @@ def _classify(verbs: Any) -> None:
         verbs, "classify", "the most likely classes, best first", answer, f"{_IMAGES}\n{_SHEET}"
     )
     _takes_images(verb)
-    _takes_top_k(verb, 5, "number of classes (default: 5)")
+    _takes_top_k(verb, 5, "number of classes (default: 5, or all if there are fewer)")
     _prints(verb, csv=True)
     _draws_sheet(verb, "also draw the images, with their best classes: a .png, .jpg, …")
 
@@ -196,7 +196,7 @@ def _analyze(verbs: Any) -> None:
     what = "the most likely classes and the embedding, from a single forward pass"
     verb = _verb(verbs, "analyze", what, answer, f"{_IMAGES}\n{_KEPT}")
     _takes_images(verb)
-    _takes_top_k(verb, 5, "number of classes (default: 5)")
+    _takes_top_k(verb, 5, "number of classes (default: 5, or all if there are fewer)")
     _prints(verb, csv=False)
 
 
