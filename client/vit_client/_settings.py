@@ -156,7 +156,7 @@ def _header_list(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-# -- where -------------------------------------------------------------------------------------
+# -- address -----------------------------------------------------------------------------------
 
 
 def _address(given: str | None) -> tuple[str, bool]:
@@ -224,7 +224,7 @@ def _authority(given: str | None) -> str | None:
     return name
 
 
-# -- who ---------------------------------------------------------------------------------------
+# -- authentication ----------------------------------------------------------------------------
 
 
 def _metadata(token: str | None, headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
@@ -296,7 +296,7 @@ def read_file(label: str, path: Path) -> bytes:
         raise ConfigurationError(f"{label} {str(path)!r}: {error.strerror}") from None
 
 
-# -- how much ----------------------------------------------------------------------------------
+# -- limits ------------------------------------------------------------------------------------
 
 
 def _at_least(minimum: int, value: Any, label: str) -> int:
@@ -316,7 +316,7 @@ def check_timeout(seconds: Any, label: str = "timeout") -> float:
     return seconds
 
 
-# -- in what -----------------------------------------------------------------------------------
+# -- threads -----------------------------------------------------------------------------------
 
 
 def check_threads() -> None:

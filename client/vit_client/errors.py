@@ -223,7 +223,7 @@ _NEIGHBOUR = re.compile(
     r"(in ensemble '[^']*', )?(incomplete string data for |batch size \d+ for '[^']*', max allowed)"
 )
 
-# gRPC reports an untrusted server as UNAVAILABLE. These texts tell a TLS mismatch; a handshake that
+# gRPC reports an untrusted server as UNAVAILABLE. These texts mean a TLS mismatch; a handshake that
 # is merely cut off, or times out, counts as a lost connection.
 _TLS_TEXTS = ("SSL_ERROR_SSL", "Hostname Verification", "missing selected ALPN")
 

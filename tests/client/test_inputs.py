@@ -252,7 +252,7 @@ def test_an_answer_that_is_read_asynchronously(web: str, url: str) -> None:
     assert "async: pass await file.read()" in asyncio.run(_aiohttp(web, url))
 
 
-# -- what is told ------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------
 
 
 class Table:

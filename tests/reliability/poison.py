@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS, MAX_SIDE = 110_000_000, 65535
 Pixels = npt.NDArray[np.uint8]
-# either: Pillow's pixels, or refused. good: Pillow's pixels. refused: Pillow is not even asked.
+# either: Pillow's pixels, or refused. good: Pillow's pixels. refused: whatever Pillow does.
 Owed = Literal["either", "good", "refused"]
 
 

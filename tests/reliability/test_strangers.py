@@ -182,7 +182,7 @@ def test_tls_files_that_do_not_work_are_told(
     assert "Traceback" not in result.stderr
 
 
-# -- what is closed ----------------------------------------------------------------------------
+# -- restricted calls --------------------------------------------------------------------------
 
 
 def refused(server: Server, call: str, headers: dict[str, str]) -> str:
