@@ -3,7 +3,11 @@
     python examples/digits.py    # half a minute; then open demo.png
 
 Train, save as birder does, build, serve, classify: a template for a network of your own. The files
-go into `digits/`; existing ones are reused.
+go into `digits/`; existing ones are reused, so delete the folder after a change.
+
+What the server does to an image is what training has to do as well: RGB (transparency dropped, EXIF
+orientation not applied), scaled to the network's size as a whole (no crop, aspect ratio not kept)
+with Pillow's BICUBIC, divided by 255, less MEAN, divided by STD.
 """
 
 import contextlib
@@ -25,8 +29,14 @@ from vit_client import Client
 BIN = Path(sys.executable).parent
 FOLDER = Path("digits")
 SHEET = Path("demo.png")
-CONFIG = ViTConfig(
-    image_size=(32, 32), num_classes=10, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128
+LABELS = [f"digit {i}" for i in range(10)]
+CONFIG = ViTConfig(  # the image's sides are multiples of 16, a patch
+    image_size=(32, 32),
+    num_classes=len(LABELS),
+    num_layers=2,
+    num_heads=4,
+    hidden_dim=64,
+    mlp_dim=128,
 )
 MEAN, STD = (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)
 
@@ -51,7 +61,7 @@ def normalised(images: np.ndarray) -> torch.Tensor:
 def train(images: np.ndarray, classes: np.ndarray, epochs: int = 15) -> ViT:
     torch.manual_seed(0)
     network = ViT(CONFIG)
-    for parameter in (network.reg_tokens, network.pos_embedding):
+    for parameter in (network.reg_tokens, network.pos_embedding):  # else they start as zeros
         torch.nn.init.normal_(parameter, std=0.02)
     x, y = normalised(images), torch.from_numpy(classes)
     batch = 64
@@ -70,9 +80,8 @@ def train(images: np.ndarray, classes: np.ndarray, epochs: int = 15) -> ViT:
 
 def save(network: ViT, path: Path) -> None:
     """Write a checkpoint as birder does: weights, labels and colour statistics in one file."""
-    labels = [f"digit {i}" for i in range(10)]
     state = network.state_dict()
-    checkpoint = vit_builder.Checkpoint("digits", CONFIG, state, labels, MEAN, STD, trained=True)
+    checkpoint = vit_builder.Checkpoint("digits", CONFIG, state, LABELS, MEAN, STD, trained=True)
     vit_builder.save(checkpoint, path)
 
 
@@ -116,6 +125,8 @@ def main() -> None:
     if not checkpoint.exists():
         print(f"Training a small ViT on {len(images)} images …", flush=True)
         save(train(images, classes), checkpoint)
+    else:
+        print(f"Using {checkpoint}: delete {FOLDER}/ to train again", flush=True)
     if not models.exists():
         command = [BIN / "vit-builder", "--checkpoint", checkpoint, "--output", models]
         subprocess.run(command, check=True)

@@ -12,6 +12,7 @@ import torch
 import vit_builder
 from conftest import GOLDENS, built
 from safetensors.torch import save_file
+from vit_builder import CheckpointError
 from vit_builder.model import ViTConfig
 
 Content = dict[str, Any]
@@ -238,3 +239,26 @@ def test_no_pickle_is_executed(
     with pytest.raises(vit_builder.CheckpointError, match="not opened: "):
         vit_builder.load(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"labels": ["a", "b"]}, "2 labels for 12 classes"),
+        ({"labels": ["a"] * 12}, "more than one class has the label 'a'"),
+        ({"rgb_std": (0.0, 1.0, 1.0)}, "three standard deviations"),
+        ({"state": {}}, "its state lacks"),
+    ],
+)
+def test_what_does_not_fit_together_is_not_saved(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    tiny = vit_builder.load(GOLDENS / "tiny.pt")
+    with pytest.raises(CheckpointError, match=reason):
+        vit_builder.save(dataclasses.replace(tiny, **change), tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere/x.safetensors cannot be written"):
+        vit_builder.save(vit_builder.load(GOLDENS / "tiny.pt"), tmp_path / "nowhere/x.safetensors")

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -110,7 +111,16 @@ def random(config: ViTConfig | None = None) -> Checkpoint:
 
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint in birder's `.safetensors` format (`load` reads it back)."""
+    """Write a checkpoint in birder's `.safetensors` format (`load` reads it back).
+
+    Raises:
+        CheckpointError: its parts do not fit together, or it cannot be written.
+    """
+    labels, classes = checkpoint.labels, checkpoint.config.num_classes
+    if len(labels) != classes:
+        raise CheckpointError(f"{len(labels)} labels for {classes} classes")
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise CheckpointError(f"more than one class has the label {twice[0]!r}")
     cfg = asdict(checkpoint.config)
     metadata = {
         "signature": {
@@ -122,7 +132,12 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
         "config": {name: cfg[name] for name in sorted(_CONFIG_FIELDS)},
         "task": "image_classification",
     }
-    save_file(checkpoint.state, path, {key: json.dumps(value) for key, value in metadata.items()})
+    _interpret(checkpoint.name, {**metadata, "state": checkpoint.state})
+    text = {key: json.dumps(value) for key, value in metadata.items()}
+    try:
+        save_file(checkpoint.state, path, text)
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path} cannot be written: {e}") from e
 
 
 def _read_pt(path: Path) -> Mapping[str, Any]:

@@ -152,7 +152,10 @@ def check_output(output: Path) -> None:
     if not output.exists() or (output / REPORT).is_file():
         return
     if not output.is_dir() or any(output.iterdir()):
-        raise RepositoryError(f"{output} exists, but vit-builder did not write it")
+        raise RepositoryError(
+            f"{output} exists, but vit-builder did not write it: choose another --output, or "
+            "remove it"
+        )
 
 
 @contextmanager

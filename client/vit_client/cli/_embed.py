@@ -102,9 +102,9 @@ def _keep_other_images(output: Path, names: Sequence[str]) -> None:
     lost = sorted(set(held) - {escaped(name) for name in names if name != STDIN})
     if lost:
         raise ConfigurationError(
-            f"{shortened(output)} has {len(lost)} images that are not among these {len(names)}, "
-            f"for example {shortened(lost[0])}; --overwrite replaces it (xargs runs the command "
-            "once for each batch: give all names to one run, with --files-from -)"
+            f"{shortened(output)} has {len(lost)} images that this run of {len(names)} does not "
+            f"include, for example {shortened(lost[0])}; --overwrite replaces it (xargs runs the "
+            "command once for each batch: give all names to one run, with --files-from -)"
         )
 
 

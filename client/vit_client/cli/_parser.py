@@ -100,7 +100,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                 f"./{name} (./*.jpg for a pattern), or -- before all names; for the option, change "
                 "to another folder"
             )
-    options = top.parse_args(given)
+    options, rest = top.parse_known_args(given)
+    if rest:  # argparse would show the usage of vit-client as a whole
+        options.verb.error(f"unrecognized arguments: {' '.join(rest)}")
     if problem := _does_not_fit(options):
         options.verb.error(problem)
     return options
@@ -147,7 +149,9 @@ def _classify(verbs: Any) -> None:
     _takes_images(verb)
     _takes_top_k(verb, 5, "number of classes (default: 5, or all if there are fewer)")
     _prints(verb, csv=True)
-    _draws_sheet(verb, "also draw the images, with their best classes: a .png, .jpg, …")
+    _draws_sheet(
+        verb, "also draw the images (up to 300) with their best classes, as a .png, .jpg, .pdf, …"
+    )
 
 
 def _probabilities(verbs: Any) -> None:
@@ -214,7 +218,7 @@ def _similar(verbs: Any) -> None:
         help="number of images (default: 10)",
     )
     _prints(verb, csv=False)
-    _draws_sheet(verb, "also draw the query and the images found: a .png, .jpg, …")
+    _draws_sheet(verb, "also draw the query and the images found, as a .png, .jpg, .pdf, …")
 
 
 def _health(verbs: Any) -> None:
