@@ -12,7 +12,6 @@ import torch
 import vit_builder
 from conftest import GOLDENS, built
 from safetensors.torch import save_file
-from vit_builder import CheckpointError
 from vit_builder.model import ViTConfig
 
 Content = dict[str, Any]
@@ -254,11 +253,13 @@ def test_what_does_not_fit_together_is_not_saved(
     tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     tiny = vit_builder.load(GOLDENS / "tiny.pt")
-    with pytest.raises(CheckpointError, match=reason):
+    with pytest.raises(vit_builder.CheckpointError, match=reason):
         vit_builder.save(dataclasses.replace(tiny, **change), tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_save_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere/x.safetensors cannot be written"):
+    with pytest.raises(
+        vit_builder.CheckpointError, match=r"nowhere/x\.safetensors cannot be written"
+    ):
         vit_builder.save(vit_builder.load(GOLDENS / "tiny.pt"), tmp_path / "nowhere/x.safetensors")

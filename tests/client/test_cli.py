@@ -146,7 +146,11 @@ def test_an_untrained_model_is_warned_of(url: str, folder: Path) -> None:
         (["analyze", "x.png", "-k", "0"], 2, "must be a whole number of 1 or more"),
         (["analyze", "x.png", "--csv"], 2, "unrecognized arguments: --csv"),
         (["embed", "x.png", "-k", "3"], 2, "--top-k needs -o"),
-        (["embed", "x.png", "-k", "3", "--json"], 2, "there is vit-client analyze"),
+        (
+            ["embed", "x.png", "-k", "3", "--json"],
+            2,
+            "to print classes and embeddings, use vit-client analyze",
+        ),
         (["embed", "x.png", "-k", "0", "-o", "x.npz"], 2, "must be a whole number of 1 or more"),
         (
             ["similar", "x.png", "--to", "x.npz", "-n", "-3"],
