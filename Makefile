@@ -34,7 +34,7 @@ serve: $(BUILT)
 # Three files at a time: most of a test is waiting for a server. JOBS=0 takes one after the other.
 JOBS := 3
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 # Not part of `test`: it wants a Docker engine, or root and Debian's to start one. `-s` shows progress.

@@ -26,8 +26,18 @@ GOLDENS = TESTS / "goldens"
 PHOTOS = TESTS.parent / "photos"
 PREPROCESS = TESTS.parent / "model_repository" / "preprocess" / "1"
 BIN = Path(sys.executable).parent
+# Minutes each: they begin first, so that none is what the others wait for in the end.
+LONG = {
+    *("test_server", "test_containers", "test_wheels", "test_versions", "test_readme", "test_int8"),
+    *("test_monitoring", "test_scale_out", "test_bodies", "test_shutdown", "test_poison"),
+    *("test_updates", "test_overload", "test_stall"),
+}
 Array = npt.NDArray[Any]
 Rows = list[bytes] | Array
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 def golden_image(name: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from . import gpu, installation, memory, options, probe, repository, tracing, tritonserver
 from .http_front import HttpFront
 from .installation import Installation
-from .process import STOPS, Crashed, Stalled, TritonProcess, allow_all_files, say
+from .process import STOPS, Crashed, TritonProcess, allow_all_files, say
 from .tritonserver import LOOPBACK, Ports, ServerError, Tls, bracketed
 from .workspace import workspace
 
@@ -38,7 +38,7 @@ def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[st
     while True:
         try:
             return serve(found, args, flags)
-        except Stalled as e:
+        except probe.Stalled as e:
             if not tries_left or memory.told():
                 raise
             say(f"vit-server: {e}; starting again")
@@ -46,10 +46,14 @@ def _serve_or_tell(found: Installation, args: argparse.Namespace, flags: list[st
         except Crashed as e:
             if memory.told():
                 raise
-            # A failing warm-up mostly crashes Triton without a reason (exit code 139 or 134).
+            # Triton exits without a reason (139, or 134) where a warm-up fails; and where a process
+            # gets no CPU for ten seconds while it starts, which a second try may not meet.
             say(f"vit-server: {e}; starting it once more without warm-up, to find the reason")
             serve(found, args, flags, warm_up=False)
-            raise
+            if not tries_left:
+                raise
+            say("vit-server: without warm-up every model answers; starting again")
+            tries_left -= 1
 
 
 def serve(
@@ -101,7 +105,9 @@ def serve(
             probe.wait_until_answering(process, ports, key)
             if largest and not process.stopping:
                 probe.try_largest_batch(ports, largest)
-            if largest or process.stopping:
+            if process.stopping:
+                sys.exit(process.stop())
+            if largest:
                 return process.stop()
             process.ready()
             _tell(ports, tls, args)

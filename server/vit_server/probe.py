@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tritonclient.utils import triton_to_np_dtype
 
-from .process import Stalled, TritonProcess
+from .process import TritonProcess
 from .tritonserver import KEY_HEADER, LOOPBACK, Ports, ServerError
 
 # A numeric output of each ensemble; together the ensembles cover all models.
@@ -36,6 +36,10 @@ _STALLED = re.compile("Stub process .* is not healthy")
 
 # Ignore proxies from the environment: tritonserver runs on this machine.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class Stalled(ServerError):
+    """A model's process got no CPU for a second, which Triton takes for its death."""
 
 
 def wait_until_answering(process: TritonProcess, ports: Ports, key: str) -> None:

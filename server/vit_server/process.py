@@ -53,11 +53,6 @@ _LEFT = "python_env_*"
 _NOISE = re.compile("cuda|non-graceful", re.IGNORECASE)
 
 
-class Stalled(ServerError):
-    """A model's process got no CPU for so long that Triton gave up on it: for one second, or for
-    ten during startup. A second try may succeed."""
-
-
 class Crashed(ServerError):
     """tritonserver crashed by a signal while it loaded the models."""
 
@@ -147,8 +142,6 @@ class TritonProcess:
         self._reader.join(timeout=5)
         log = [line.partition(r"\n\nAt:")[0] for line in self._log]  # without Python's traceback
         for line in log:
-            if "interprocess::lock_exception" in line:  # crashes Triton's Python backend
-                return Stalled("a model's process got no CPU for too long while it started")
             if found := _LOAD_FAILURE.search(line):
                 return ServerError(f"the model '{found[1]}' failed to load: {_clean(found[2])}")
             if found := _WRONG_FLAG.search(line):
