@@ -175,7 +175,7 @@ class AsyncClient:
         Raises:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; carries the results of the others.
-            ValueError: `top_k` is not between 1 and `model().max_top_k`.
+            ValueError: `top_k` is less than 1, or more than it may be (see above).
         """
         result: list[Any] = await self._ask(
             question("classify", top_k, request_id=request_id), images, timeout
@@ -341,8 +341,8 @@ class AsyncClient:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; carries the results of the others.
             ModelNotServed: An older vit-builder, without `analyze`, built the server's models.
-            ValueError: `into` has other fields, or `top_k` is not between 1 and
-                `model().max_top_k`.
+            ValueError: `into` has other fields, or `top_k` is less than 1, or more than it may be
+                (see above).
         """
         return await self._ask(
             question("analyze", top_k, into, request_id=request_id), images, timeout

@@ -175,7 +175,7 @@ class Client:
         Raises:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; carries the results of the others.
-            ValueError: `top_k` is not between 1 and `model().max_top_k`.
+            ValueError: `top_k` is less than 1, or more than it may be (see above).
         """
         return self._bridge.run(
             self._bridge.client.classify(
@@ -343,8 +343,8 @@ class Client:
             BadImage: The image cannot be used.
             BadImages: Some of several images cannot be used; carries the results of the others.
             ModelNotServed: An older vit-builder, without `analyze`, built the server's models.
-            ValueError: `into` has other fields, or `top_k` is not between 1 and
-                `model().max_top_k`.
+            ValueError: `into` has other fields, or `top_k` is less than 1, or more than it may be
+                (see above).
         """
         return self._bridge.run(
             self._bridge.client.analyze(

@@ -47,7 +47,7 @@ examples:
 environment:
   OMP_NUM_THREADS  number of cores to use (default: all that this process may use); the
                    number of processes that decode images follows from it
-  VIT_ADMIN_KEY    opens the closed calls (shared memory, model repository, trace,
+  VIT_ADMIN_KEY    opens the restricted calls (shared memory, model repository, trace,
                    logging) to clients that send this key: over HTTP in the header
                    vit-admin-key, over gRPC in triton-grpc-protocol-vit-admin-key
   OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_HEADERS
