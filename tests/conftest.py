@@ -119,7 +119,8 @@ def serving(
                 if name == "Ready:":
                     break
             else:
-                pytest.fail(f"vit-server exited with code {process.wait()}")
+                reason = process.stderr.read() if process.stderr else ""
+                pytest.fail(f"vit-server exited with code {process.wait()}: {reason}")
             yield Server(process, said["gRPC"], said["HTTP"], said["metrics"], repository)
         finally:
             process.terminate()

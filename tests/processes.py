@@ -5,21 +5,40 @@ import re
 import struct
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FREE_PORTS = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
 
 
+@contextmanager
+def started(command: Any, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that is killed if the test fails; Popen alone would wait for it to exit."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
 def descendants(pid: int) -> set[int]:
     """All processes below `pid`."""
     children: set[int] = set()
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):  # any thread may have started one
-        with suppress(FileNotFoundError, ProcessLookupError):  # it has exited meanwhile
-            children |= set(map(int, thread.read_text().split()))
+        children |= set(map(int, _read(thread).split()))
     return children.union(*map(descendants, children))
+
+
+def _read(file: Path) -> str:
+    """A file in /proc; empty if the process has exited meanwhile."""
+    with suppress(FileNotFoundError, ProcessLookupError):  # the latter: during the read
+        return file.read_text()
+    return ""
 
 
 def gone(pids: set[int], seconds: float = 20) -> bool:
@@ -33,11 +52,8 @@ def gone(pids: set[int], seconds: float = 20) -> bool:
 
 
 def _alive(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the latter: it exited during the read
-        return False
-    return stat.rpartition(")")[2][1] != "Z"
+    state = _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].strip()[:1]
+    return state not in ("", "Z")
 
 
 def segments(pid: int) -> list[Path]:
@@ -58,7 +74,7 @@ def model_processes(pid: int, model: str) -> list[int]:
     return [
         below
         for below in descendants(pid)
-        if re.search(rf"/{model}/\d+/", Path(f"/proc/{below}/cmdline").read_text())
+        if re.search(rf"/{model}/\d+/", _read(Path(f"/proc/{below}/cmdline")))
     ]
 
 
@@ -71,7 +87,7 @@ def tritonserver(pid: int) -> int:
     (found,) = (
         below
         for below in descendants(pid)
-        if Path(f"/proc/{below}/comm").read_text().strip() == "tritonserver"
+        if _read(Path(f"/proc/{below}/comm")).strip() == "tritonserver"
     )
     return found
 

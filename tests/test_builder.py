@@ -15,6 +15,7 @@ import torch
 import vit_builder
 from conftest import BIN, GOLDENS, builder, built, serving
 from google.protobuf import text_format
+from processes import started
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_builder import verify
 from vit_builder.model import ViTConfig
@@ -258,7 +259,7 @@ def test_failed_verification_leaves_the_old_repository(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_build_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     command = [BIN / "vit-builder", "--weights", "random", "--output", tmp_path / "m"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.01)

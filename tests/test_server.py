@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from processes import (
     model_process,
     model_processes,
     segments,
+    started,
     tritonserver,
     with_mounts,
     workspaces,
@@ -85,6 +87,25 @@ def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) 
     )
 
 
+def test_free_ports_stay_reserved_until_triton_listens(tiny_repository: Path) -> None:
+    """Loading the models takes seconds, in which others look for free ports too."""
+    command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        ports: list[str] = []
+        while not ports:
+            assert process.poll() is None
+            with suppress(ValueError, OSError):  # there is no tritonserver yet
+                flags = Path(f"/proc/{tritonserver(process.pid)}/cmdline").read_text()
+                ports = re.findall(r"--(?:grpc|http|metrics)-port=(\d+)", flags)
+        assert len(ports) == 3
+        for port in map(int, ports):
+            with socket.socket() as other, pytest.raises(OSError, match="already in use"):
+                other.bind(("127.0.0.1", port))
+        assert any(line.startswith("Ready") for line in process.stdout or ())
+        process.terminate()
+    assert process.returncode == 0
+
+
 def test_two_at_once_on_the_same_ports(tiny_repository: Path) -> None:
     """Whichever loses must not take the other's answers for its own."""
     grpc, http, metrics = map(str, free_ports(3))
@@ -114,7 +135,7 @@ def test_nobody_reads_what_it_prints(tiny_repository: Path) -> None:
     command += ["--http-port", str(http)]
     reader, writer = os.pipe()
     os.close(reader)
-    with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
         try:
             wait_for(f"http://127.0.0.1:{http}/v2/health/ready", process, seconds=60)
@@ -504,9 +525,7 @@ def test_first_answer_on_a_machine_that_is_too_busy(tiny_repository: Path, tmp_p
 def test_start_on_a_machine_that_is_too_busy(tiny_repository: Path) -> None:
     """Triton's Python backend aborts where a process is not heard of for ten seconds."""
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         held: set[int] = set()
         until = time.monotonic() + 60
         while time.monotonic() < until:
@@ -558,8 +577,8 @@ def test_it_stops_with_nothing_left(tiny_repository: Path, number: signal.Signal
 def test_ctrl_c_in_a_terminal_stops_it_once(tiny_repository: Path) -> None:
     """A terminal sends SIGINT to the whole foreground group, not only to vit-server."""
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    with started(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:
         for line in process.stdout or ():
             if line.startswith("Ready"):
@@ -571,7 +590,7 @@ def test_ctrl_c_in_a_terminal_stops_it_once(tiny_repository: Path) -> None:
 
 def test_ctrl_c_while_it_is_imported(tiny_repository: Path) -> None:
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stderr=subprocess.PIPE) as process:
         while "aiohttp" not in Path(f"/proc/{process.pid}/maps").read_text():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -584,9 +603,7 @@ def test_ctrl_c_while_it_is_imported(tiny_repository: Path) -> None:
 def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
     before = environments()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while environments() == before:
             assert process.poll() is None
         pids = descendants(process.pid)
@@ -600,7 +617,7 @@ def test_it_can_be_stopped_while_it_starts(tiny_repository: Path) -> None:
 
 def test_it_can_be_stopped_before_tritonserver_starts(tiny_repository: Path) -> None:
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, stderr=subprocess.PIPE) as process:
         while not workspaces(process.pid):
             assert process.poll() is None
         process.terminate()

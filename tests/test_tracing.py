@@ -19,6 +19,7 @@ import pytest
 from conftest import BIN, PHOTOS, Server, serving, start_and_fail
 from otlp import Received, Span
 from ports import free_ports
+from processes import started
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 from vit_server import options, tracing
@@ -272,9 +273,7 @@ def test_password_is_in_no_log(tiny_repository: Path) -> None:
     free = ["--grpc-port=0", "--http-port=0", "--metrics-port=0", "--verbose"]
     url = f"http://user:pa55@127.0.0.1:{free_ports(1)[0]}"
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *free, "--otlp", url]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         log = ""
         for line in process.stdout or ():
             log += line

@@ -183,10 +183,11 @@ def _tls(args: argparse.Namespace) -> Tls | None:
 
 
 def reserve_ports(args: argparse.Namespace, opened: contextlib.ExitStack) -> Ports:
-    """Open listening sockets for HTTP and metrics, and find free ports for tritonserver.
+    """Open listening sockets for HTTP and metrics, and reserve ports for tritonserver.
 
-    `opened` closes the sockets. The gRPC port is checked because Triton's own error does not name
-    a port that is in use.
+    A reserved port is bound but not listened on: tritonserver, which sets SO_REUSEADDR as Linux
+    wants it for that, can listen there, and no other process is given the port meanwhile.
+    `opened` closes all sockets.
 
     Raises:
         ServerError: a port is in use, or the address is not one of this machine's.
@@ -197,25 +198,26 @@ def reserve_ports(args: argparse.Namespace, opened: contextlib.ExitStack) -> Por
     loopback = "::1" if ":" in args.host else LOOPBACK
     # Triton has TLS for gRPC only: with TLS, unencrypted HTTP must stay on this machine.
     http_host = loopback if args.tls_certificate else args.host
-    with contextlib.ExitStack() as held:  # all open at once, so that no port is picked twice
-        grpc = held.enter_context(_listen(args.host, "grpc", args.grpc_port))
-        http = opened.enter_context(_listen(http_host, "http", args.http_port))
-        metrics = opened.enter_context(_listen(args.host, "metrics", args.metrics_port))
-        behind = [held.enter_context(_listen(LOOPBACK, name, 0)) for name in ("http", "metrics")]
-        http_port, metrics_port = (listening.getsockname()[1] for listening in behind)
-        routes = {http: http_port, metrics: metrics_port}
-        return Ports(args.host, grpc.getsockname()[1], http_port, metrics_port, routes)
+    # Checked here: Triton's own error does not name a port that is in use.
+    grpc = opened.enter_context(_bind(args.host, "grpc", args.grpc_port))
+    http = opened.enter_context(_bind(http_host, "http", args.http_port, listen=True))
+    metrics = opened.enter_context(_bind(args.host, "metrics", args.metrics_port, listen=True))
+    behind = [opened.enter_context(_bind(LOOPBACK, name, 0)) for name in ("http", "metrics")]
+    http_port, metrics_port = (reserved.getsockname()[1] for reserved in behind)
+    routes = {http: http_port, metrics: metrics_port}
+    return Ports(args.host, grpc.getsockname()[1], http_port, metrics_port, routes)
 
 
-def _listen(host: str, name: str, port: int) -> socket.socket:
+def _bind(host: str, name: str, port: int, *, listen: bool = False) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(128)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        if listen:
+            bound.listen(128)
     except OSError as e:
-        listening.close()
+        bound.close()
         reason = f"cannot listen on {host} port {port}: {e.strerror}"
         raise ServerError(f"{reason}; choose another with --host or --{name}-port") from e
-    return listening
+    return bound

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import BIN, PHOTOS, Server, serving
-from processes import FREE_PORTS, descendants, gone, segments, workspaces
+from processes import FREE_PORTS, descendants, gone, segments, started, workspaces
 from tritonclient.grpc import service_pb2_grpc
 from vit_client import AsyncClient, Unavailable, _wire
 from vit_client._question import question
@@ -171,9 +171,7 @@ def test_a_second_signal_ends_it_at_once(tiny_repository: Path) -> None:
 def test_what_a_terminal_sends_twice_in_one_moment_is_one_signal(tiny_repository: Path) -> None:
     """A terminal's SIGINT goes to the whole process group, and a wrapper often forwards its own."""
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with started(command, stdout=subprocess.PIPE, start_new_session=True) as process:
         for line in process.stdout or ():
             if line.startswith("Ready"):
                 break

@@ -15,6 +15,7 @@ import torch
 import vit_builder
 import vit_builder.repository
 from conftest import BIN, GOLDENS, PHOTOS, serving
+from processes import started
 from vit_client import Client, Prediction
 from vit_server.repository import snapshot
 
@@ -166,7 +167,7 @@ def test_a_bad_new_version_leaves_the_old_one(
     assert result.returncode == 1
     assert "truncated or damaged" in result.stderr
     command = [BIN / "vit-builder", "--checkpoint", GOLDENS / "tiny.pt", "--output", repository]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as builder:
+    with started(command, stderr=subprocess.PIPE) as builder:
         for line in builder.stderr or ():
             if line.startswith("Comparing"):
                 break
