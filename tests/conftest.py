@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 LONG = {
     *("test_server", "test_containers", "test_wheels", "test_versions", "test_readme", "test_int8"),
     *("test_monitoring", "test_scale_out", "test_bodies", "test_shutdown", "test_poison"),
-    *("test_updates", "test_overload", "test_stall"),
+    *("test_updates", "test_overload", "test_stall", "test_soak", "test_edge"),
 }
 Array = npt.NDArray[Any]
 Rows = list[bytes] | Array

@@ -173,7 +173,8 @@ def running(
     else:
         tenants, certificates = tenants or Tenants(), Certificates(folder / "tls")
     for name in ("certificate.yaml", "client-ca.yaml"):
-        (folder / name).write_text((EDGE / name).read_text().replace("/etc/envoy", str(folder)))
+        text = (EDGE / name).read_text().replace("/etc/vit/tls", str(folder / "tls"))
+        (folder / name).write_text(text)
     (folder / "routes.yaml").write_text(routes((EDGE / "routes.yaml").read_text()))
     (folder / "login.yaml").write_text(login(tenants))
     (folder / "inference.pb").write_bytes((EDGE / "inference.pb").read_bytes())

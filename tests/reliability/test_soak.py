@@ -19,9 +19,9 @@ def server(tiny_repository: Path) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_nothing_is_lost_or_wrong_and_nothing_grows(server: Server) -> None:
-    result = asyncio.run(soak(server.url, server.process.pid, server.repository, seconds=300))
+    result = asyncio.run(soak(server.url, server.process.pid, server.repository, seconds=150))
     print(f"\n{report(result)}")
     assert not result.faults()
     for outcome in ("one: right", "several: right", "bad: rejected", "cancelled", "clients killed"):
