@@ -9,6 +9,7 @@
 # make soak   mixed traffic for 30 minutes, every answer checked (ARGS=--help for the rest)
 # make fuzz   coverage-guided fuzzing of the image decoder for 5 minutes (ARGS=--help for the rest)
 # make bench-host  what feeds a GPU: decoding, resizing and Triton, and bare loops of others: 8 minutes
+# make bench-edge  what the edge (Envoy) adds to a call, and how it keeps tenants apart: 4 minutes
 # make bench-gpu  the network on a GPU, bare and served, and the cores that feed it: 8 minutes
 # make bench-gpu-kit  all of that in a folder, for a machine with a GPU and without a network
 # make clean  remove what all of these have made
@@ -23,7 +24,7 @@ INSTALLED_BENCH_HOST := .venv-bench/installed-host
 BUILT := models/build_report.json
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-gpu bench-gpu-kit bench-host
+.PHONY: demo serve test containers lint load bench soak fuzz format clean bench-edge bench-gpu bench-gpu-kit bench-host
 
 demo: $(BUILT)
 	$(BIN)/python tools/demo.py
@@ -56,6 +57,9 @@ bench: $(BUILT) $(INSTALLED_DEV) $(INSTALLED_BENCH)
 
 bench-host: $(INSTALLED_DEV) $(INSTALLED_BENCH_HOST)
 	$(BIN)/python -m bench.host $(ARGS)
+
+bench-edge: $(INSTALLED_DEV)
+	$(BIN)/python -m bench.edge $(ARGS)
 
 bench-gpu: $(INSTALLED_DEV)
 	$(BIN)/python -m bench.gpu $(ARGS)

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from . import ScriptError, figures, report, say
 from .load import inputs, perf_analyzer
 from .load.perf_analyzer import WINDOWS, PerfAnalyzerError
 from .load.triton import Address, ServerError, Triton, local_server, machine
+from .ports import free_ports
 
 HERE = Path(__file__).parent
 CONCURRENCY = 16
@@ -77,9 +77,7 @@ class Bench:
     @contextlib.contextmanager
     def peer_server(self, script: str, form: str) -> Iterator[Peer]:
         """Run another server on a free port, as a context manager."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         command = [str(self.python), str(HERE / "peers" / script), str(self.repository), str(port)]
         # Its own session, so that signals reach all its workers.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import Server, serving
-from ports import free_ports, wait_for
+from ports import wait_for
 from processes import model_processes
 from vit_server import installation
+
+from bench.ports import free_ports
 
 DOCKER = Path(__file__).parents[1] / "docker"
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ports import free_ports, wait_for
+from ports import wait_for
+
+from bench.ports import free_ports
 
 MONITORING = Path(__file__).parents[1] / "docker" / "monitoring"
 Sample = tuple[dict[str, str], float]
@@ -76,12 +78,16 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def prometheus(metrics_url: str, cache: Path, folder: Path) -> Iterator[Prometheus]:
-    """Scrape one server every second, under the project's configuration and rules."""
+def prometheus(
+    metrics_url: str, cache: Path, folder: Path, job: str = "vit"
+) -> Iterator[Prometheus]:
+    """Scrape one server, or edge, every second, under the project's configuration and rules."""
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
-    (scrape,) = config["scrape_configs"]
+    (scrape,) = config["scrape_configs"] = [
+        scrape for scrape in config["scrape_configs"] if scrape["job_name"] == job
+    ]
     del scrape["dns_sd_configs"]
     target = urllib.parse.urlsplit(metrics_url).netloc
     # The labels that a target has in a cluster.

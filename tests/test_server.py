@@ -32,7 +32,7 @@ from conftest import (
     start_and_fail,
 )
 from google.protobuf import text_format
-from ports import free_ports, wait_for
+from ports import wait_for
 from processes import (
     FREE_PORTS,
     descendants,
@@ -51,6 +51,8 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 from vit_server import repository, sizing
 from vit_server.probe import ENSEMBLES
+
+from bench.ports import free_ports
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 

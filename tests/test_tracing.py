@@ -18,11 +18,12 @@ import otlp
 import pytest
 from conftest import BIN, PHOTOS, Server, serving, start_and_fail
 from otlp import Received, Span
-from ports import free_ports
 from processes import started
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 from vit_server import options, tracing
+
+from bench.ports import free_ports
 
 STEPS = {"classify": {"preprocess", "vit", "postprocess"}, "embed": {"preprocess", "vit"}}
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()

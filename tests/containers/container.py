@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ports import free_ports
+
+from bench.ports import free_ports
 
 from .engine import TOKEN, Engine
 

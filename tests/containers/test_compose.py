@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import yaml
 from conftest import GOLDENS, PHOTOS
-from ports import free_ports
 from prometheus import Prometheus
 from vit_client import Client
+
+from bench.ports import free_ports
 
 from .bases import ROOT, Bases, prometheus
 from .conftest import IMAGES

@@ -1,10 +1,15 @@
 """docker/edge: who may ask, for what, how much, and what is recorded of it."""
 
+import contextlib
+import functools
 import http.client
+import http.server
 import io
+import json
 import re
 import ssl
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,15 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import edge
 import grpc
 import pytest
 import vit_builder
 import yaml
 from conftest import GOLDENS, PHOTOS, Server, serving
-from edge import EDGE, Edge
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from PIL import Image
+from prometheus import MONITORING, prometheus
 from tritonclient.grpc import service_pb2 as pb
 from vit_client import (
     AccessDenied,
@@ -29,6 +33,9 @@ from vit_client import (
     Overloaded,
     _inference,
 )
+
+from bench.edge import edge
+from bench.edge.edge import EDGE, Edge
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 SERVICE = "inference.GRPCInferenceService"
@@ -70,7 +77,9 @@ def door(
         "vit-canary": [canary.url],
         "vit-canary-http": [canary.http_url.removeprefix("http://")],
     }
-    with edge.running(tmp_path_factory.mktemp("edge"), servers, routes=quotas) as running:
+    with edge.running(
+        tmp_path_factory.mktemp("edge"), servers, edit={"routes.yaml": quotas}
+    ) as running:
         yield running
 
 
@@ -191,6 +200,62 @@ def test_keys_are_rotated_without_a_restart(tiny_server: Server, tmp_path: Path)
         door.rewrite("login.yaml", edge.login(tenants))
         until(lambda: not accepted(door, old))
         assert accepted(door, new)
+
+
+def test_keys_that_the_login_service_publishes(tiny_server: Server, tmp_path: Path) -> None:
+    """With what is commented out in login.yaml and envoy.yaml."""
+    tenants = edge.Tenants()
+    with published(tenants, tmp_path / "login") as (port, ca_file):
+
+        def remote(text: str) -> str:
+            local = text.index("          local_jwks:")
+            rest = text.index("          # Or where", local)
+            return uncommented(text[:local] + text[rest:], "remote_jwks:")
+
+        def cluster(text: str) -> str:
+            text = uncommented(text, "- name: login")
+            return text.replace("/etc/ssl/certs/ca-certificates.crt", str(ca_file))
+
+        edit = {"login.yaml": remote, "envoy.yaml": cluster}
+        servers = {"vit": [tiny_server.url], "login": [f"127.0.0.1:{port}"]}
+        with edge.running(tmp_path, servers, tenants=tenants, edit=edit) as door:
+            until(lambda: accepted(door, tenants.token()))
+            assert not accepted(door, edge.Tenants().token())
+
+
+def uncommented(text: str, first: str) -> str:
+    """With the comment that begins with this line as the configuration that it is."""
+    found = re.search(rf"^( *)# {re.escape(first)}.*\n(\1#   .*\n)*", text, re.MULTILINE)
+    assert found
+    return text.replace(found[0], found[0].replace("# ", ""))
+
+
+@contextlib.contextmanager
+def published(tenants: edge.Tenants, folder: Path) -> Iterator[tuple[int, Path]]:
+    """The keys over HTTPS, as login.example.com: the port, and the CA to trust."""
+    certificates = edge.Certificates(folder)
+    files = certificates.issue(folder / "login", "login.example.com")
+    (folder / "jwks.json").write_text(tenants.jwks())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files["cert_file"], files["key_file"])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1], certificates.ca_file
+        server.shutdown()
+
+
+def test_as_shipped_nobody_is_admitted(tiny_server: Server, tmp_path: Path) -> None:
+    """There are no keys in login.yaml yet."""
+    shipped = {"login.yaml": lambda text: text}
+    with edge.running(tmp_path, {"vit": [tiny_server.url]}, edit=shipped) as door:
+        assert call(door, f"{SERVICE}/ModelInfer", request("classify")) is not grpc.StatusCode.OK
+        spoofed = (("vit-certificate", "acme"),)
+        sent = request("classify")
+        assert call(door, f"{SERVICE}/ModelInfer", sent, spoofed) is not grpc.StatusCode.OK
+        log = (door.folder / "log").read_text()
+        assert "Jwks doesn't have any valid public key" in log
 
 
 def test_a_renewed_certificate_is_taken_without_a_restart(
@@ -341,7 +406,7 @@ def test_requests_under_way_are_bounded(tiny_server: Server, tmp_path: Path) -> 
 
     servers = {"vit": [tiny_server.url]}
     with (
-        edge.running(tmp_path, servers, change=bound, routes=quotas) as door,
+        edge.running(tmp_path, servers, change=bound, edit={"routes.yaml": quotas}) as door,
         Client(door.url, **door.client(retries=0)) as client,
     ):
         many(client, 2)
@@ -372,7 +437,7 @@ def test_the_sdk_splits_what_is_too_large_for_the_edge(tiny_server: Server, tmp_
     photo = io.BytesIO()
     Image.effect_noise((512, 512), 100).save(photo, "BMP")  # 0.26 MB
     with (
-        edge.running(tmp_path, {"vit": [tiny_server.url]}, routes=small) as door,
+        edge.running(tmp_path, {"vit": [tiny_server.url]}, edit={"routes.yaml": small}) as door,
         Client(tiny_server.url) as direct,
         Client(door.url, **door.client()) as client,
     ):
@@ -480,6 +545,33 @@ def test_histograms_by_tenant_and_model(door: Edge) -> None:
             client.embed(PHOTO)
     wanted = r'envoy_vit_edge_milliseconds_count\{tenant="measured",model="embed",.*="OK".*\} 3'
     until(lambda: re.search(wanted, door.metrics()), 20)
+
+
+def test_prometheus_has_its_series(door: Edge, cache: Path, tmp_path: Path) -> None:
+    """Those of edge.yaml and of the dashboard."""
+    rules = yaml.safe_load((MONITORING / "edge.yaml").read_text())["groups"][0]["rules"]
+    panels = json.loads((MONITORING / "grafana" / "vit.json").read_text())["panels"]
+    shown = [target["expr"] for panel in panels for target in panel["targets"]]
+    with (
+        prometheus(door.status_url, cache, tmp_path, job="vit-edge") as watching,
+        Client(door.url, **door.client("small", retries=0)) as client,
+    ):
+        watching.wait('up{job="vit-edge"}', lambda value: value == 1)
+        watching.wait('envoy_cluster_membership_healthy{envoy_cluster_name="vit"}')
+        for _ in range(20):
+            for _ in range(2 * SMALL):
+                with contextlib.suppress(Overloaded):
+                    client.classify(PHOTO)
+            time.sleep(0.2)
+        ours = [rule["record"] for rule in rules]
+        ours += [e.replace("$__rate_interval", "1m") for e in shown if "vit_edge_" in e]
+        assert len(ours) == 3 + 4
+        for expression in ours:
+            watching.wait(expression)
+        watching.wait('ALERTS{alertname="VitEdgeQuota", tenant="small", alertstate="pending"}')
+        soon = "envoy_listener_ssl_certificate_expiration_unix_time_seconds"
+        assert len(watching.wait(soon)) == 2
+        assert not watching.query('ALERTS{alertname!="VitEdgeQuota"}')
 
 
 # -- HTTP --------------------------------------------------------------------------------------

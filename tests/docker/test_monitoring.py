@@ -14,8 +14,9 @@ import pytest
 import yaml
 from conftest import PHOTOS, Server, at_each_batch, copy, serving
 from nvidia import health, plain_triton, post
-from ports import free_ports
 from prometheus import MONITORING, Prometheus, program, prometheus
+
+from bench.ports import free_ports
 
 PHOTO = (PHOTOS / "coffee.jpg").read_bytes()
 SLOW = 2.5  # seconds, over the goal of 2
@@ -28,11 +29,6 @@ LABELS = {
     "vit": [],
 }
 DASHBOARD = json.loads((MONITORING / "grafana" / "vit.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def cache(request: pytest.FixtureRequest) -> Path:
-    return Path(request.config.cache.mkdir("prometheus"))
 
 
 @contextmanager
@@ -64,9 +60,10 @@ def load(url: str, threads: int) -> Iterator[list[tuple[int, float]]]:
     [
         ("check", "config", MONITORING / "prometheus.yml"),
         ("check", "rules", MONITORING / "alerts.yaml"),
+        ("check", "rules", MONITORING / "edge.yaml"),
         ("test", "rules", Path(__file__).parent / "alerts_test.yaml"),
     ],
-    ids=["config", "rules", "unit tests"],
+    ids=["config", "rules", "rules of the edge", "unit tests"],
 )
 def test_promtool(arguments: tuple[str | Path, ...], cache: Path) -> None:
     subprocess.run([program("promtool", cache), *arguments], check=True)
@@ -75,19 +72,20 @@ def test_promtool(arguments: tuple[str | Path, ...], cache: Path) -> None:
 def test_every_alert_has_a_unit_test_and_a_place_in_the_runbook() -> None:
     tested = (Path(__file__).parent / "alerts_test.yaml").read_text()
     runbook = (MONITORING.parent / "README.md").read_text()
-    for rule in RULES:
+    edge = yaml.safe_load((MONITORING / "edge.yaml").read_text())["groups"]
+    for rule in (*RULES, *(rule for group in edge for rule in group["rules"])):
         if "alert" in rule:
             assert re.search(rf"alertname: {rule['alert']}\n\s+exp_alerts:\n", tested)
             assert f"`{rule['alert']}`" in runbook
 
 
 def dashboard_expressions() -> list[str]:
-    """Those that a server without a GPU has an answer to."""
+    """Those that a server without a GPU and an edge has an answer to."""
     found = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     return [
         re.sub(r"\$__(rate_interval|range)", "1m", expression).replace("$instance", ".*")
         for expression in found
-        if "nv_gpu_" not in expression
+        if "nv_gpu_" not in expression and "vit_edge_" not in expression
     ]
 
 

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import edge
 import pytest
-from edge import Edge
+
+from bench.edge import edge
+from bench.edge.edge import Edge
 
 from .fleet import Fleet
 from .load import load
@@ -55,7 +56,7 @@ def enough(routes: str) -> str:
 
 @pytest.fixture
 def door(three: Fleet, tmp_path: Path) -> Iterator[Edge]:
-    with edge.running(tmp_path, {}, change=by_name(three), routes=enough) as running:
+    with edge.running(tmp_path, {}, change=by_name(three), edit={"routes.yaml": enough}) as running:
         yield running
 
 
@@ -101,8 +102,10 @@ def test_the_edge_itself_is_replaced(three: Fleet, tmp_path: Path) -> None:
         folder.mkdir()
     change = by_name(three)
     with (
-        edge.running(folders[0], {}, change=change, routes=enough) as first,
-        edge.running(folders[1], {}, change=change, routes=enough, beside=first) as second,
+        edge.running(folders[0], {}, change=change, edit={"routes.yaml": enough}) as first,
+        edge.running(
+            folders[1], {}, change=change, edit={"routes.yaml": enough}, beside=first
+        ) as second,
         load(first.url, three.replicas[0].url, **first.client()) as requests,
     ):
         requests.go_on(1)

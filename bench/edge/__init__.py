@@ -1,0 +1,1 @@
+"""What docker/edge costs: `python -m bench.edge --help`."""
