@@ -18,6 +18,8 @@ LABELS = {"job": "vit", "namespace": "vit", "version": "1"}
 # Seconds waited and requests that wait, in two pods that are not alike.
 PODS = {"vit-a": (0.3, 24), "vit-b": (0.1, 8)}
 RATE = 10  # requests a second in each
+# Another, of overlays/canary: no autoscaler of the servers is to go by it.
+CANARY = ("vit-canary-a", (0.9, 100))
 
 
 def adapter() -> list[dict[str, Any]]:
@@ -110,7 +112,7 @@ def _expanded(rule: dict[str, Any]) -> str:
 def _series() -> list[dict[str, str]]:
     """What Triton counts: all of the waiting in `vit`, and nothing of use in the ensemble."""
     found = []
-    for pod, (seconds, pending) in PODS.items():
+    for pod, (seconds, pending) in (*PODS.items(), CANARY):
         step = RATE * 15
         for name, model, values in (
             ("nv_inference_request_success", "embed", f"0+{step}x100"),
@@ -121,6 +123,7 @@ def _series() -> list[dict[str, str]]:
             ("nv_inference_pending_request_count", "embed", "0x100"),
         ):
             labels = {**LABELS, "pod": pod, "instance": f"{pod}:8002", "model": model}
+            labels["service"] = pod.rpartition("-")[0]  # as the operator's Prometheus has it
             text = ", ".join(f'{key}="{value}"' for key, value in labels.items())
             found.append({"series": f"{name}{{{text}}}", "values": values})
     return found

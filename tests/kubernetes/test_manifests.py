@@ -18,7 +18,15 @@ from vit_server import gpu, options, probe, process, sizing
 from . import rendered
 from .rendered import FOLDER, ROOT, VERSIONS, Object, find, quantity
 
-FOLDERS = ("overlays/gpu", "overlays/cpu", "overlays/example", "kserve", "kserve/model", "load")
+FOLDERS = (
+    "overlays/gpu",
+    "overlays/cpu",
+    "overlays/example",
+    "overlays/canary",
+    "kserve",
+    "kserve/model",
+    "load",
+)
 COMPOSED = (
     ("overlays/gpu", "monitoring", "autoscaling"),
     ("overlays/gpu", "monitoring", "keda"),
@@ -28,10 +36,15 @@ COMPOSED = (
     ("overlays/cpu", "monitoring", "keda"),
     ("overlays/cpu", "tls", "baked"),
     ("overlays/cpu", "tls", "baked", "tracing"),
+    ("overlays/gpu", "monitoring", "edge"),
+    ("overlays/gpu", "edge", "baked", "tracing"),
+    ("overlays/cpu", "monitoring", "edge", "keda"),
+    ("overlays/canary", "baked"),
+    ("overlays/gpu", "gateway"),
     ("kserve", "monitoring"),
 )
 # Made by hand, see docker/README.md.
-SECRETS = {"vit-admin-key", "vit-tls"}
+SECRETS = {"vit-admin-key", "vit-tls", "vit-edge-tls"}
 MIB = 2**20
 
 
@@ -59,16 +72,18 @@ def test_every_object_is_valid(objects: list[Object], version: str) -> None:
         rendered.validate(thing, version)
 
 
-def test_validation_is_strict() -> None:
+def test_validation_is_strict(tmp_path: Path) -> None:
     """Of built-in and of custom objects: the test above can fail."""
     example = rendered.kustomize(FOLDER / "overlays/example")
     kserve = rendered.kustomize(FOLDER / "kserve")
+    gateway = rendered.composed(tmp_path, "overlays/gpu", "gateway")
     for objects, kind, name, path in (
         (example, "Deployment", "vit", ("spec", "template", "spec")),
         (example, "ServiceMonitor", "vit", ("spec", "endpoints", 0)),
         (example, "PrometheusRule", "vit", ("spec", "groups", 0, "rules", 0)),
         (kserve, "ServingRuntime", "vit-triton", ("spec", "containers", 0)),
         (kserve, "InferenceService", "vit", ("spec", "predictor", "model")),
+        (gateway, "GRPCRoute", "vit", ("spec", "rules", 0, "matches", 0, "method")),
     ):
         broken = copy.deepcopy(find(objects, kind, name))
         place: Any = broken
@@ -84,7 +99,8 @@ def test_pods_have_no_rights(objects: list[Object]) -> None:
         assert pod["automountServiceAccountToken"] is False, name
         context = pod["securityContext"]
         assert context["runAsNonRoot"] is True, name
-        assert (context["runAsUser"], context["runAsGroup"]) == (1000, 1000), name
+        user = 65532 if name == "Deployment vit-edge" else 1000  # as in the image of each
+        assert (context["runAsUser"], context["runAsGroup"]) == (user, user), name
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}, name
         for container in rendered.containers(pod):
             assert container["securityContext"] == {
@@ -100,16 +116,24 @@ def test_what_is_mounted_and_named_exists(objects: list[Object]) -> None:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         mounts = {m["name"] for c in rendered.containers(pod) for m in c["volumeMounts"]}
         assert mounts == set(volumes), name
-        wanted = {v["secret"]["secretName"] for v in volumes.values() if "secret" in v}
+        sources = [s for v in volumes.values() for s in v.get("projected", {}).get("sources", [v])]
+        for source in sources:
+            if "configMap" in source:
+                find(objects, "ConfigMap", source["configMap"]["name"])
+        wanted = {s["secret"]["secretName"] for s in sources if "secret" in s}
         for container in rendered.containers(pod):
-            sources = [e.get("valueFrom", {}) for e in container.get("env", [])]
-            wanted |= {s["secretKeyRef"]["name"] for s in sources if "secretKeyRef" in s}
+            values = [e.get("valueFrom", {}) for e in container.get("env", [])]
+            wanted |= {v["secretKeyRef"]["name"] for v in values if "secretKeyRef" in v}
         assert wanted <= SECRETS, name
 
 
 def test_images_are_placeholders_or_public(objects: list[Object]) -> None:
     compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())
-    public = ("nvcr.io/nvidia/tritonserver:26.09-", compose["services"]["collector"]["image"])
+    public = (
+        "nvcr.io/nvidia/tritonserver:26.09-",
+        compose["services"]["collector"]["image"],
+        "envoyproxy/envoy:distroless-v",  # test_edge.py compares the version
+    )
     for name, pod in rendered.pods(objects):
         for container in rendered.containers(pod):
             assert container["image"].startswith(("registry.example.com/", *public)), name
@@ -150,20 +174,22 @@ def test_around_kserve() -> None:
     assert [p["port"] for p in metrics["ports"]] == [8002]
 
 
-@pytest.mark.parametrize("base", ["overlays/gpu", "kserve"])
+@pytest.mark.parametrize("base", ["overlays/gpu", "overlays/canary", "kserve"])
 def test_exactly_one_service_is_scraped(base: str, tmp_path: Path) -> None:
-    objects = rendered.composed(tmp_path, base, "monitoring")
+    objects = rendered.composed(tmp_path, "overlays/gpu", "monitoring")
     monitor = find(objects, "ServiceMonitor")["spec"]
     (endpoint,) = monitor["endpoints"]
-    wanted = monitor["selector"]["matchLabels"].items()
-    (scraped,) = (
+    (names,) = monitor["selector"]["matchExpressions"]
+    assert names["operator"] == "In"
+    (_,) = (
         service
-        for service in objects
+        for service in rendered.kustomize(FOLDER / base)
         if service["kind"] == "Service"
-        and wanted <= service["metadata"]["labels"].items()
+        and service["metadata"]["labels"].get(names["key"]) in names["values"]
         and endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     )
-    assert scraped["metadata"]["labels"][monitor["jobLabel"]] == "vit"  # what the rules look for
+    # What the rules look for.
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "vit"}]
 
 
 def test_no_replica_is_missed(deployed: list[Object]) -> None:
