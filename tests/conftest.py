@@ -86,6 +86,12 @@ class Server:
 
 
 @pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    """Where Debian's package of Prometheus is kept, for the next run."""
+    return Path(request.config.cache.mkdir("prometheus"))
+
+
+@pytest.fixture(scope="session")
 def decoding() -> ModuleType:
     """model_repository/preprocess/1/decode.py."""
     sys.path.append(str(PREPROCESS))  # as Triton does
