@@ -7,6 +7,7 @@ zero (GrpcServerCarrier in its infer_handler.h). So several requests are sent, o
 import contextlib
 import secrets
 import socket
+import ssl
 import subprocess
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 from vit_server import options, tracing
 
+from bench.edge import edge
 from bench.ports import free_ports
 
 STEPS = {"classify": {"preprocess", "vit", "postprocess"}, "embed": {"preprocess", "vit"}}
@@ -126,6 +128,23 @@ def test_spans_hang_below_the_callers(
     assert {span.resource["service.name"] for span in spans.values()} == {"vit-server"}
     names = {span.resource["deployment.environment.name"] for span in spans.values()}
     assert names == {"testing"}
+
+
+def test_a_trace_goes_through_the_edge(traced: Server, received: Received, tmp_path: Path) -> None:
+    """Over HTTP; over gRPC Triton loses some, with an edge or without."""
+    with edge.running(tmp_path, {"vit-http": [traced.http_url.removeprefix("http://")]}) as door:
+        context = ssl.create_default_context(cafile=door.certificates.ca_file)
+
+        def through(_: Server, model: str, image: bytes, headers: dict[str, str]) -> None:
+            token = f"Bearer {door.tenants.token()}"
+            said = {"Inference-Header-Content-Length": "0", "authorization": token, **headers}
+            url = f"{door.http_url}/v2/models/{model}/infer"
+            asked = urllib.request.Request(url, image, said)
+            with urllib.request.urlopen(asked, timeout=60, context=context):
+                pass
+
+        caller, spans = ask(traced, received, through, "embed")
+    assert spans["InferRequest"].parent_id == caller.span_id
 
 
 @pytest.mark.parametrize("send", [by_grpc, by_http])

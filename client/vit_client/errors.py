@@ -233,6 +233,10 @@ _NEIGHBOUR = re.compile(
 # is merely cut off, or times out, counts as a lost connection.
 _TLS_TEXTS = ("SSL_ERROR_SSL", "Hostname Verification", "missing selected ALPN")
 
+# A proxy gave up the call, for example for want of memory. Inference changes nothing, so it may be
+# repeated.
+_RESET = "Received RST_STREAM"
+
 # The server never saw this call: its connection had reached its maximum age, or it is shutting
 # down. For a call that was in flight then, gRPC's text has other words before GOAWAY.
 _NOT_BEGUN = "Stream removed (GOAWAY received; Error code: 0"
@@ -317,7 +321,12 @@ def from_grpc(
         kind = InvalidRequest
     elif "the target uri is not valid" in lower:
         kind = ConfigurationError
-    elif _NOT_LOADED.search(lower) or _MODEL_DIED in lower or _NEIGHBOUR.match(details):
+    elif (
+        _NOT_LOADED.search(lower)
+        or _MODEL_DIED in lower
+        or _NEIGHBOUR.match(details)
+        or _RESET in details
+    ):
         kind = Unavailable
     elif _OTHER_VERSION.search(details):
         kind = ModelChanged

@@ -47,6 +47,7 @@ class Proxy:
 
     def __post_init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self.pushback = ""  # milliseconds, with each refusal
         self._turn = 0
 
     def target(self) -> grpc.aio.Channel:
@@ -76,7 +77,8 @@ class Proxy:
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
             if self.refusals and method == "ModelInfer":
                 code, words = self.refusals[0] if self.forever else self.refusals.pop(0)
-                await context.abort(code, words)
+                pushback = [("grpc-retry-pushback-ms", self.pushback)] if self.pushback else []
+                await context.abort(code, words, tuple(pushback))
             passed = [(name, self.headers[name]) for name in self.forwards if name in self.headers]
             return await self.target().unary_unary(SERVICE + method)(request, metadata=passed)
         except grpc.aio.AioRpcError as error:

@@ -47,6 +47,10 @@ STOPPING = (
     "Request for unknown model: 'embed' has no available versions",
 )
 DIED = (grpc.StatusCode.INTERNAL, "Stub process 'vit_0' is not healthy.")
+RESET = (
+    grpc.StatusCode.INTERNAL,
+    "Stream removed (RST_STREAM (Received RST_STREAM with error code 2))",
+)
 EXPIRED = (grpc.StatusCode.UNAVAILABLE, "Request timeout expired")
 # Errors that a malformed request causes for others in its batch.
 BESIDE_PIXELS = (
@@ -63,7 +67,7 @@ BESIDE_STRING = (
 # -- retries -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("refusal", [GONE, FULL, EXPIRED, STOPPING, DIED])
+@pytest.mark.parametrize("refusal", [GONE, FULL, EXPIRED, STOPPING, DIED, RESET])
 def test_what_may_pass_is_tried_again(proxy: Proxy, refusal: tuple[grpc.StatusCode, str]) -> None:
     proxy.refusals = [refusal, refusal]
     with Client(proxy.url) as client:
@@ -96,6 +100,30 @@ def test_in_the_end_it_is_told_what_it_was(
     assert caught.value.task == "embed"
     assert caught.value.details == refusal[1]
     assert caught.value.retryable
+
+
+def test_it_waits_as_long_as_it_is_told_to(proxy: Proxy) -> None:
+    limit = (grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")
+    proxy.refusals, proxy.pushback = [limit, limit], "700"
+    with Client(proxy.url) as client:
+        started = time.monotonic()
+        assert client.embed(IMAGE).shape == (64,)
+        assert time.monotonic() - started > 1.4
+        assert proxy.inferences == 3
+        proxy.refusals = [limit] * 3
+        with pytest.raises(Overloaded) as caught:  # before its time is up
+            client.embed(IMAGE, timeout=0.5)
+    assert proxy.inferences == 4
+    assert caught.value.retry_after == 0.7
+
+
+@pytest.mark.parametrize("pushback", ["-1", "later"])
+def test_it_does_not_try_again_if_told_not_to(proxy: Proxy, pushback: str) -> None:
+    proxy.refusals, proxy.pushback = [(grpc.StatusCode.RESOURCE_EXHAUSTED, "quota")], pushback
+    with Client(proxy.url) as client, pytest.raises(Overloaded) as caught:
+        client.embed(IMAGE)
+    assert proxy.inferences == 1
+    assert caught.value.retry_after == -1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import vit_builder
 import yaml
@@ -419,7 +420,7 @@ def test_requests_under_way_are_bounded(tiny_server: Server, tmp_path: Path) -> 
             errors = [call.exception() for call in calls]
         assert {type(error) for error in errors} == {type(None), Overloaded}
         refused = next(error for error in errors if isinstance(error, Overloaded))
-        assert "too many requests are under way" in str(refused)
+        assert "too many or too large requests are under way" in str(refused)
         assert refused.retry_after == 1
 
 
@@ -430,6 +431,35 @@ def test_messages_of_more_than_64_mib_are_refused(door: Edge) -> None:
     ):
         message = request("classify", bytes(size << 20))  # which is no image
         assert call(door, f"{SERVICE}/ModelInfer", message) is status
+
+
+def test_many_large_messages_at_once_do_not_take_its_memory(door: Edge) -> None:
+    message = request("classify", bytes(60 << 20))
+
+    def ask(_: int) -> grpc.StatusCode:
+        return call(door, f"{SERVICE}/ModelInfer", message)
+
+    limit = 768 << 20  # envoy.yaml's
+    envoy, most = psutil.Process(door.process.pid), 0
+    with ThreadPoolExecutor(24) as pool:
+        calls = [pool.submit(ask, number) for number in range(48)]
+        while not all(call.done() for call in calls):
+            most = max(most, envoy.memory_info().rss)
+            time.sleep(0.01)
+    codes = Counter(call.result() for call in calls)
+    print(codes, most >> 20)
+    refused = {grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert set(codes) <= {grpc.StatusCode.INVALID_ARGUMENT, *refused}  # the first: it is no image
+    assert codes.keys() & refused
+    assert most < limit + (200 << 20)
+    until(lambda: answers(door))
+
+
+def answers(door: Edge) -> bool:
+    try:
+        return bool(classify(door))
+    except Overloaded:
+        return False
 
 
 def test_the_sdk_splits_what_is_too_large_for_the_edge(tiny_server: Server, tmp_path: Path) -> None:
