@@ -170,7 +170,7 @@ def test_every_file_is_there(objects: list[Object]) -> None:
     folder, secrets = mounts["config"]["mountPath"], mounts["tls"]["mountPath"]
     assert tls["secret"]["secretName"] == "vit-edge-tls"
     there = {f"{folder}/{name}" for name in files}
-    there |= {f"{secrets}/{name}" for name in ("tls.crt", "tls.key", "ca.crt")}
+    there |= {f"{secrets}/{item['path']}" for item in tls["secret"]["items"]}
     named = {str(n) for d in documents for n in values(d, "filename")}
     named |= {str(n) for d in documents for n in values(d, "path_config_source", "path")}
     args = container["args"]
