@@ -292,13 +292,16 @@ def _configs(folder: Path, device: str) -> list[ModelConfig]:
     return [text_format.Parse(file.read_text(), ModelConfig()) for file in files]
 
 
-def test_rules_are_those_of_docker_monitoring() -> None:
+@pytest.mark.parametrize(
+    ("name", "copied"), [("alerts.yaml", "prometheus-rule.yaml"), ("edge.yaml", "edge-rule.yaml")]
+)
+def test_rules_are_those_of_docker_monitoring(name: str, copied: str) -> None:
     """Kustomize reads no file outside of its folder, so there are two copies."""
-    alerts = (ROOT / "docker/monitoring/alerts.yaml").read_text()
-    rule = (FOLDER / "components/monitoring/prometheus-rule.yaml").read_text()
+    alerts = (ROOT / "docker/monitoring" / name).read_text()
+    rule = (FOLDER / "components/monitoring" / copied).read_text()
     groups = alerts[alerts.index("groups:") :].splitlines()
     indented = "\n".join(f"  {line}" if line else "" for line in groups)
-    assert rule.partition("spec:\n")[2].rstrip() == indented, "copy the groups of alerts.yaml"
+    assert rule.partition("spec:\n")[2].rstrip() == indented, f"copy the groups of {name}"
 
 
 def test_tls_leaves_no_way_around_it(tmp_path: Path) -> None:
