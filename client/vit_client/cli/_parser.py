@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -15,6 +16,8 @@ from ._answers import answer
 from ._embed import embed_to_file
 from ._features import features_to_file
 from ._health import health
+from ._parts import embed_to_folder
+from ._shards import is_shard
 from ._similar import similar
 
 _DESCRIPTION = """\
@@ -40,6 +43,14 @@ and system folders such as @eaDir and #recycle excluded. One line reports what w
 For more names than fit on a command line (xargs would split them into several runs):
   find photos -name '*.jpg' -print0 | vit-client embed --files-from - -0 -o photos.npz
 Each of these names must be a file, not a folder or a pattern.
+"""
+
+_SHARDS = """\
+Of a dataset in shards (WebDataset's .tar, Parquet, Arrow), into a folder of Parquet files, one for
+every 10,000 images of a shard, with columns shard, key, embedding, model_version, error, and the
+kept ones:
+  vit-client embed 'shards/{00000..00099}.tar' --keep json,cls -o embedded/
+The same command resumes it. A name may also be an address that fsspec opens (s3://, gs://, hf://).
 """
 
 _SHEET = """\
@@ -117,6 +128,9 @@ def _does_not_fit(options: argparse.Namespace) -> str:
         return "-0 needs --files-from"
     if given.get("overwrite") and not options.output:
         return "--overwrite needs -o"
+    shards = [name for name in given.get("images") or () if is_shard(name)]
+    if shards and not (options.task == "embed" and options.output):
+        return f"{shards[0]} is a shard: vit-client embed {shards[0]} -o FOLDER/"
     if options.task == "embed" and options.top_k and not options.output:
         return "--top-k needs -o; to print classes and embeddings, use vit-client analyze"
     return ""
@@ -162,21 +176,50 @@ def _probabilities(verbs: Any) -> None:
 
 def _embed(verbs: Any) -> None:
     what = "an embedding for each image; similar images have similar embeddings"
-    verb = _verb(verbs, "embed", what, _embed_anywhere, _IMAGES)
+    verb = _verb(verbs, "embed", what, _embed_anywhere, f"{_IMAGES}\n{_SHARDS}")
     _takes_images(verb)
     form = _prints(verb, csv=True)
     form.add_argument(
         "-o",
         "--output",
         metavar="FILE",
-        help="write a .npz, .safetensors or .parquet file; the same command resumes it if "
-        "interrupted",
+        help="write a .npz, .safetensors or .parquet file, or for shards a FOLDER/; the same "
+        "command resumes it if interrupted",
     )
     _takes_top_k(
         verb, None, "also write the best N classes, from the same forward pass (.npz and .parquet)"
     )
     verb.add_argument(
         "--overwrite", action="store_true", help="replace FILE even if it contains other images"
+    )
+    shards = verb.add_argument_group("shards (-o FOLDER/)")
+    shards.add_argument(
+        "--keep",
+        type=_names,
+        default=[],
+        metavar="NAME,…",
+        help="fields of a tar (json,cls,txt) or columns of a table to keep beside each embedding",
+    )
+    shards.add_argument(
+        "--image-column", metavar="NAME", help="column of images in a table, if there are several"
+    )
+    shards.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="type of the embeddings' numbers (default: float32)",
+    )
+    shards.add_argument(
+        "--max-failures",
+        type=_failures,
+        metavar="N|P%",
+        help="end the run if more images than this fail; P%% counts from the 100th image on",
+    )
+    shards.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="embed every N-th shard only, from the I-th: N processes share the work",
     )
 
 
@@ -250,6 +293,23 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
     return verb
 
 
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _failures(text: str) -> str:
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", text):
+        raise argparse.ArgumentTypeError(f"must be a number or a share (5%), not {text!r}")
+    return text
+
+
+def _part(text: str) -> str:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"must be I/N, with I from 1 to N, not {text!r}")
+    return text
+
+
 def _positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
@@ -297,6 +357,9 @@ def _draws_sheet(verb: argparse.ArgumentParser, what: str) -> None:
 
 
 def _embed_anywhere(options: argparse.Namespace) -> int:
+    output = options.output or ""
+    if output.endswith("/") or (output and any(map(is_shard, options.images))):
+        return embed_to_folder(options)
     return embed_to_file(options) if options.output else answer(options)
 
 

@@ -65,7 +65,7 @@ def check(path: Path, *, classes: bool) -> None:
             "the name must end in .npz or .parquet"
         )
     if path.suffix == ".parquet":
-        _pyarrow("parquet")
+        pyarrow("parquet")
     check_place(path)
 
 
@@ -82,7 +82,8 @@ def read(path: Path) -> tuple[list[str], Array, str]:
         ConfigurationError: The file does not exist, or has another format.
     """
     with _errors_told(path):
-        images, embeddings, model = _FORMATS[path.suffix].read(path)
+        form = _FORMATS.get(path.suffix)
+        images, embeddings, model = form.read(path) if form else _read_parts(path)
         if embeddings.ndim != 2 or len(images) != len(embeddings):
             raise ValueError(f"{len(images)} names for {list(embeddings.shape)} numbers")
         # A file of another program may have numbers as names.
@@ -97,7 +98,7 @@ def read_images(path: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _errors_told(path: Path) -> Iterator[None]:
-    if path.suffix not in _FORMATS:
+    if path.suffix not in _FORMATS and not path.is_dir():
         raise ConfigurationError(f"{shortened(path)}: the name must end in {', '.join(_FORMATS)}")
     try:
         yield
@@ -225,7 +226,7 @@ def _read_npz_images(path: Path) -> list[str]:
 
 
 def _write_parquet(path: Path, table: Table) -> None:
-    pa, pq = _pyarrow(), _pyarrow("parquet")
+    pa, pq = pyarrow(), pyarrow("parquet")
     fields = [("image", pa.string()), ("embedding", pa.list_(pa.float32(), table.width))]
     if table.top_k:
         guess = [("label", pa.string()), ("index", pa.int32()), ("score", pa.float32())]
@@ -247,7 +248,7 @@ def _write_parquet(path: Path, table: Table) -> None:
 
 
 def _read_parquet(path: Path) -> tuple[list[str], Array, str]:
-    table = _pyarrow("parquet").read_table(path, columns=["image", "embedding"])
+    table = pyarrow("parquet").read_table(path, columns=["image", "embedding"])
     column = table["embedding"].combine_chunks()
     model = (table.schema.metadata or {}).get(b"model", b"").decode()
     numbers = column.flatten().to_numpy().reshape(len(table), -1)
@@ -255,12 +256,27 @@ def _read_parquet(path: Path) -> tuple[list[str], Array, str]:
 
 
 def _read_parquet_images(path: Path) -> list[str]:
-    table = _pyarrow("parquet").read_table(path, columns=["image"])
+    table = pyarrow("parquet").read_table(path, columns=["image"])
     images: list[str] = table["image"].to_pylist()
     return images
 
 
-def _pyarrow(module: str = "") -> Any:
+def _read_parts(path: Path) -> tuple[list[str], Array, str]:
+    """Of a folder that `embed SHARDS -o FOLDER/` wrote, without the rows that have an error."""
+    pq = pyarrow("parquet")
+    files = sorted(path.glob("*.parquet"))
+    models = {(pq.read_metadata(file).metadata or {}).get(b"model", b"") for file in files}
+    if len(models) != 1:
+        raise ValueError(f"parts of {len(models)} models" if models else "no parts")
+    good = pyarrow("compute").field("error").is_null()
+    table = pq.read_table(files, columns=["shard", "key", "embedding"], filters=good)
+    names = table.select(["shard", "key"]).to_pylist()
+    images = [f"{row['shard']}: {row['key']}" for row in names]
+    numbers = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+    return images, numbers, models.pop().decode()
+
+
+def pyarrow(module: str = "") -> Any:
     try:
         return import_module(f"pyarrow.{module}" if module else "pyarrow")
     except ImportError as error:  # missing, or too new for this numpy
