@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import tempfile
 import time
 from argparse import Namespace
 from collections import Counter, deque
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -44,11 +45,48 @@ GROUP = 1_000
 _FIRST = 100
 
 
+class _Folder:
+    """Where the parts go: a folder of this machine, or an address that fsspec opens."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name.rstrip("/")
+        self._remote = _shards.filesystem(name) if _shards.is_url(name) else None
+        if self._remote is None:
+            Path(name).mkdir(parents=True, exist_ok=True)
+        else:  # whether it can be reached at all is to be known before an hour's work
+            with _shards.remote_errors(self.name), contextlib.suppress(FileNotFoundError):
+                self._remote.ls(self.name)
+        there = Path(tempfile.gettempdir() if self._remote else name)
+        self.partial = there / f".vit-client-{os.getpid()}.partial"
+        """The file, of this machine, for the part that is being written."""
+
+    def has(self, part: str) -> bool:
+        """Whether a part is there; it is complete then."""
+        place = f"{self.name}/{part}"
+        return bool(self._remote.isfile(place) if self._remote else Path(place).is_file())
+
+    def open(self, part: str) -> IO[bytes]:
+        """A part, for reading."""
+        place = f"{self.name}/{part}"
+        return self._remote.open(place) if self._remote else Path(place).open("rb")
+
+    def publish(self, part: str) -> None:
+        """Give the file `partial` its name."""
+        if self._remote:
+            with _shards.remote_errors(self.name):
+                self._remote.put_file(str(self.partial), f"{self.name}/{part}")
+            self.partial.unlink()
+            return
+        with self.partial.open("rb") as written:
+            os.fsync(written.fileno())
+        self.partial.replace(Path(self.name, part))
+
+
 @dataclass
 class _Run:
     """What all parts of a run have in common."""
 
-    folder: Path
+    folder: _Folder
     model: Model
     keep: list[str]
     dtype: str
@@ -96,8 +134,7 @@ def embed_to_folder(options: Namespace) -> int:
     """Embed the images of all shards into parts in `options.output`; returns the exit code."""
     pyarrow("parquet")
     shards = _shards.expand(options.images)[_share(options.part)]
-    folder = Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _Folder(options.output)
     report = _Report()
     with connect(options) as client:
         warn_if_untrained(client)
@@ -109,12 +146,13 @@ def embed_to_folder(options: Namespace) -> int:
             error(str(end))
             return IMAGES_FAILED
         except BaseException:
-            note(f"{shortened(folder)} keeps the parts so far: the same command resumes from there")
+            kept = f"{shortened(folder.name)} keeps the parts so far"
+            note(f"{kept}: the same command resumes from there")
             raise
         finally:
             report.tell()
     rows = report.kept + report.rows
-    print(f"{folder}: {report.parts} parts, {rows} × {model.embedding_size} {run.dtype}")
+    print(f"{folder.name}: {report.parts} parts, {rows} × {model.embedding_size} {run.dtype}")
     return IMAGES_FAILED if report.failed + report.kept_failed else OK
 
 
@@ -138,8 +176,9 @@ def _limit(text: str | None) -> Any:
 
 def _size(shard: str) -> int:
     try:
-        if "://" in shard:
-            return int(_shards.filesystem(shard).size(shard) or 0)
+        if _shards.is_url(shard):
+            with _shards.remote_errors(shard):
+                return int(_shards.filesystem(shard).size(shard) or 0)
         return Path(shard).stat().st_size
     except OSError as failure:
         raise ConfigurationError(f"{shortened(shard)}: {reason(failure)}") from None
@@ -157,8 +196,8 @@ def _left(run: _Run, shards: Sequence[str], report: _Report) -> list[tuple[str, 
     left = []
     for shard in shards:
         about, part, done = run.about(shard), 0, False
-        while not done and (path := run.folder / _name(shard, part)).is_file():
-            found = _metadata(path, about)
+        while not done and run.folder.has(name := _name(shard, part)):
+            found = _metadata(run.folder, name, about)
             report.kept += int(found["rows"])
             report.kept_failed += int(found["failures"])
             done = found["last"] == "1"
@@ -174,14 +213,16 @@ def _left(run: _Run, shards: Sequence[str], report: _Report) -> list[tuple[str, 
     return left
 
 
-def _metadata(path: Path, about: dict[str, str]) -> dict[str, str]:
+def _metadata(folder: _Folder, part: str, about: dict[str, str]) -> dict[str, str]:
     """What the last of `_Writer.finish` wrote of a part.
 
     Raises:
         ConfigurationError: It is not of a run like this one.
     """
+    path = f"{folder.name}/{part}"
     try:
-        raw = pyarrow("parquet").read_metadata(path).metadata or {}
+        with folder.open(part) as file:
+            raw = pyarrow("parquet").read_metadata(file).metadata or {}
     except (OSError, pyarrow().ArrowException) as failure:
         raise ConfigurationError(f"{shortened(path)} cannot be read ({failure})") from None
     found = {name.decode(): value.decode() for name, value in raw.items()}
@@ -283,7 +324,7 @@ class _Writer:
         self._count = self._failed = 0
         self._file: Any = None
         self._schema: Any = None
-        self._path = run.folder / f".{os.getpid()}.partial"
+        self._path = run.folder.partial
 
     def add(self, row: _Row, embedding: Any, why: str) -> None:
         """Append a row; `embedding` is None if it has an error."""
@@ -301,9 +342,7 @@ class _Writer:
         )
         with _told(self._path):
             self._file.close()
-            with self._path.open("rb") as written:
-                os.fsync(written.fileno())
-            self._path.replace(self._run.folder / _name(end.shard, end.part))
+            self._run.folder.publish(_name(end.shard, end.part))
         self._file, self._count, self._failed = None, 0, 0
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ..errors import ConfigurationError, shortened
+from ..errors import ConfigurationError, VitClientError, shortened
 from ._common import reason
 from ._folders import SUFFIXES
 from ._tables import pyarrow
@@ -74,7 +74,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         for name in _braces(argument):
             found = [name]
-            if glob.has_magic(name) and not _URL.match(name):
+            if glob.has_magic(name) and not is_url(name):
                 found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
             elif glob.has_magic(name):
                 found = _remote_matches(name)
@@ -147,12 +147,33 @@ def samples(
 
 @contextmanager
 def _opened(shard: str) -> Iterator[IO[bytes]]:
-    try:
-        file = filesystem(shard).open(shard) if _URL.match(shard) else Path(shard).open("rb")  # noqa: SIM115
-    except OSError as failure:
-        raise ConfigurationError(f"{shortened(shard)}: {reason(failure)}") from None
-    with file:
+    if not is_url(shard):
+        try:
+            file: IO[bytes] = Path(shard).open("rb")  # noqa: SIM115
+        except OSError as failure:
+            raise ConfigurationError(f"{shortened(shard)}: {reason(failure)}") from None
+        with file:
+            yield file
+        return
+    with remote_errors(shard), filesystem(shard).open(shard) as file:
         yield file
+
+
+def is_url(name: str) -> bool:
+    """Whether it is an address for fsspec, and not a file of this machine."""
+    return bool(_URL.match(name))
+
+
+@contextmanager
+def remote_errors(url: str) -> Iterator[None]:
+    """The errors of fsspec's packages are of any kind; they become a ConfigurationError."""
+    try:
+        yield
+    except (CutShort, VitClientError, GeneratorExit):
+        raise
+    except Exception as failure:
+        why = str(failure) or type(failure).__name__
+        raise ConfigurationError(f"{shortened(url)}: {shortened(why)}") from failure
 
 
 def filesystem(url: str) -> Any:
@@ -173,7 +194,8 @@ def filesystem(url: str) -> Any:
 
 def _remote_matches(url: str) -> list[str]:
     files = filesystem(url)
-    return sorted(files.unstrip_protocol(match) for match in files.glob(url))
+    with remote_errors(url):
+        return sorted(files.unstrip_protocol(match) for match in files.glob(url))
 
 
 # -- tar ---------------------------------------------------------------------------------------
