@@ -272,6 +272,8 @@ def _read_parts(path: Path) -> tuple[list[str], Array, str]:
     table = pq.read_table(files, columns=["shard", "key", "embedding"], filters=good)
     names = table.select(["shard", "key"]).to_pylist()
     images = [f"{row['shard']}: {row['key']}" for row in names]
+    if not len(table):
+        raise ValueError("no embeddings, but errors")
     width = table.schema.field("embedding").type.list_size
     numbers = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, width)
     return images, numbers, models.pop().decode()
