@@ -385,12 +385,11 @@ def asked(server: Server) -> dict[str, int]:
 def test_a_quota_is_one_tenants_own(door: Edge) -> None:
     started = time.monotonic()
     with Client(door.url, **door.client("small", retries=0)) as small:
-        many(small, SMALL)
+        many(small, SMALL - 1)  # it has asked for the model's configuration, too
         with pytest.raises(Overloaded, match="this tenant's quota is used up") as caught:
             many(small, 10 * SMALL)
         assert caught.value.retry_after == 1
-        for _ in range(5):  # what is no inference costs nothing
-            small.health(timeout=60)
+        assert over_http(door, "/v2/health/ready", token=door.tenants.token("small"))[0] == 200
     with Client(door.url, **door.client("large", retries=0)) as large:
         many(large, 3 * SMALL)
     with Client(door.url, **door.client("small")) as patient:  # retries when it is told to
@@ -405,7 +404,7 @@ def many(client: Client, count: int) -> None:
 
 def test_requests_under_way_are_bounded(tiny_server: Server, tmp_path: Path) -> None:
     def bound(config: Any) -> None:
-        (thresholds,) = edge.clusters(config)["vit"]["circuit_breakers"]["thresholds"]
+        thresholds, _ = edge.clusters(config)["vit"]["circuit_breakers"]["thresholds"]
         assert thresholds["max_requests"] == 1024
         thresholds["max_requests"] = 1
 
@@ -479,6 +478,78 @@ def test_the_sdk_splits_what_is_too_large_for_the_edge(tiny_server: Server, tmp_
         assert client.classify(photos) == direct.classify(photos)
         with pytest.raises(BadImage, match=r"2.0 MiB, too large .*larger than max"):
             client.classify(bytes(2 << 20))
+
+
+@pytest.mark.parametrize("path", ["/v2/models/classify/infer", "/v2/models/classify/config"])
+@pytest.mark.parametrize("query", ["", "?", "?x=1", "?/v2/health/ready"])
+def test_no_path_is_without_a_quota(door: Edge, path: str, query: str) -> None:
+    tenant, headers = "small", {"Inference-Header-Content-Length": "0"}
+    body = b"no image" if path.endswith("infer") else None
+    statuses = Counter(
+        over_http(door, path + query, body, door.tenants.token(tenant), **headers)[0]
+        for _ in range(2 * SMALL)
+    )
+    assert statuses[429] >= SMALL - 2  # it gets one more each second
+
+
+def test_a_tenant_is_shut_out(door: Edge) -> None:
+    """With the second example of routes.yaml."""
+    routes = quotas((EDGE / "routes.yaml").read_text())
+    shut = re.sub(r"# (?=- entries: .* value: evil|  token_bucket: .* 86400s)", "", routes)
+    assert shut.count("#") == routes.count("#") - 2
+    door.rewrite("routes.yaml", shut)
+    try:
+        until(lambda: not answered_as(door, "evil"))
+        assert not any(answered_as(door, "evil") for _ in range(20))
+        assert answered_as(door, "good")
+    finally:
+        door.rewrite("routes.yaml", routes)
+    until(lambda: answered_as(door, "evil"))
+
+
+def answered_as(door: Edge, tenant: str) -> bool:
+    token = door.tenants.token(tenant)
+    return over_http(door, "/v2/models/classify/config", token=token)[0] == 200
+
+
+def test_streams_without_a_login_take_no_place(door: Edge) -> None:
+    """Health needs none: 300 calls that are begun and never sent, and messages of 10 MB."""
+    credentials = grpc.ssl_channel_credentials(door.certificates.ca_file.read_bytes())
+    ended = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        ended.wait(60)
+        yield b""
+
+    with grpc.secure_channel(door.url.removeprefix("grpcs://"), credentials) as channel:
+        for name in ("Check", "Check", "Check"):
+            ask = channel.stream_unary(f"/grpc.health.v1.Health/{name}", bytes, bytes)
+            calls = [ask.future(never()) for _ in range(100)]
+        with Client(door.url, **door.client(retries=0)) as client:
+            many(client, 20)
+        ended.set()
+        del calls
+    for method in ("grpc.health.v1.Health/Check", f"{SERVICE}/ServerMetadata"):
+        code = call(door, method, bytes(10 << 20), (("no", "token"),))
+        assert code is not grpc.StatusCode.OK
+
+
+def test_names_that_callers_make_up_stay_out_of_metrics_and_log(door: Edge) -> None:
+    before, logged_before = door.metrics().count("\n"), (door.folder / "log").stat().st_size
+    for number in range(20):
+        name = f"{number}-" + "x" * 100_000
+        denied = grpc.StatusCode.PERMISSION_DENIED
+        assert call(door, f"{SERVICE}/ModelInfer", request(name)) is denied
+        path = f"/v2/models/{name[:2000]}/infer"
+        assert over_http(door, path, PHOTO, door.tenants.token())[0] in (403, 404)
+        secret = door.tenants.token()
+        assert over_http(door, f"/v2/models/classify/config?access_token={secret}")[0] == 401
+    time.sleep(1)
+    assert "xxx" not in door.metrics()
+    assert door.metrics().count("\n") < before + 200
+    log = (door.folder / "log").read_text()
+    assert len(log) - logged_before < 60 * 2000
+    assert secret not in log
 
 
 # -- which version -----------------------------------------------------------------------------
@@ -571,6 +642,7 @@ def test_the_caller_of_http_has_its_line_too(door: Edge) -> None:
     line = logged(door, lambda call: call["request_id"] == found["x-request-id"])
     assert (line["tenant"], line["path"], line["status"]) == ("web", path, 200)
     assert line["traceparent"] == trace
+    assert line["model"] == "classify"
 
 
 def test_histograms_by_tenant_and_model(door: Edge) -> None:
