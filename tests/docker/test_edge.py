@@ -679,6 +679,11 @@ def test_prometheus_has_its_series(door: Edge, cache: Path, tmp_path: Path) -> N
         assert len(watching.wait(soon)) == 2
         others = 'ALERTS{alertname=~"VitEdge.*", alertname!="VitEdgeQuota"}'
         assert not watching.query(others)
+        routes = (door.folder / "routes.yaml").read_text()
+        door.rewrite("routes.yaml", "resources: [{")
+        watching.wait('ALERTS{alertname="VitEdgeConfiguration"}')
+        door.rewrite("routes.yaml", routes)
+        assert classify(door)
 
 
 # -- HTTP --------------------------------------------------------------------------------------
