@@ -89,6 +89,17 @@ def test_port_of_another_vit_server(tiny_repository: Path, tiny_server: Server) 
     )
 
 
+def test_files_of_the_current_folder_are_no_modules(
+    tiny_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's `token`, `types` and the like are imported by torch and numpy."""
+    for name in ("token", "types", "numpy", "decode"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the current folder')\n")
+    monkeypatch.chdir(tmp_path)
+    with serving(tiny_repository) as server:
+        assert server.infer("classify", "image", [PHOTO])["scores"].shape == (1, 12)
+
+
 def test_free_ports_stay_reserved_until_triton_listens(tiny_repository: Path) -> None:
     """Loading the models takes seconds, in which others look for free ports too."""
     command = [BIN / "vit-server", "--model-repository", tiny_repository, *FREE_PORTS]

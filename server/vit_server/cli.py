@@ -97,7 +97,7 @@ def serve(
         # preprocess reads there how many requests are pending for vit.
         env["VIT_METRICS"] = f"{LOOPBACK}:{ports.metrics}"
         python_models = {name: repository.processes(models, name) for name in found.python_models}
-        process = TritonProcess(command, env, python_models, args.verbose)
+        process = TritonProcess(command, env, own.folder, python_models, args.verbose)
         try:
             say("Starting tritonserver …")
             if args.otlp and found.backends is None:
@@ -168,7 +168,9 @@ def _tls(args: argparse.Namespace) -> Tls | None:
     """Return the checked TLS files: with bad ones Triton would start, and reject every client."""
     if not args.tls_certificate:
         return None
-    tls = Tls(args.tls_certificate, args.tls_key, args.tls_client_ca)
+    # Absolute, as tritonserver runs in another folder.
+    client_ca = args.tls_client_ca and args.tls_client_ca.absolute()
+    tls = Tls(args.tls_certificate.absolute(), args.tls_key.absolute(), client_ca)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # An empty password, so that OpenSSL does not prompt for one.

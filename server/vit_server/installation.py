@@ -45,7 +45,7 @@ def find(root: Path | None = None) -> Installation:
     """
     if root is None and (NVIDIA / "bin" / "tritonserver").exists():
         root = NVIDIA
-    return _embedded() if root is None else _nvidia(root)
+    return _embedded() if root is None else _nvidia(root.absolute())
 
 
 def _nvidia(root: Path) -> Installation:

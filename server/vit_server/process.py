@@ -70,7 +70,8 @@ def say(text: str, stream: TextIO | None = None) -> None:
 class TritonProcess:
     """A running tritonserver.
 
-    `python_models` is the minimum number of processes for each Python model.
+    `folder` is where it runs: its Python models would import any module that is in there, instead
+    of the standard library's. `python_models` is the minimum number of processes for each of them.
 
     Only this process receives signals: tritonserver runs in its own session, so that Ctrl-C in a
     terminal reaches neither it nor its stubs. If this process is killed, the kernel terminates
@@ -78,7 +79,12 @@ class TritonProcess:
     """
 
     def __init__(
-        self, command: list[str], env: dict[str, str], python_models: dict[str, int], verbose: bool
+        self,
+        command: list[str],
+        env: dict[str, str],
+        folder: Path,
+        python_models: dict[str, int],
+        verbose: bool,
     ) -> None:
         self._python_models = python_models
         self.signals: list[float] = []  # when it was told to stop
@@ -97,6 +103,7 @@ class TritonProcess:
         self._child = subprocess.Popen(
             command,
             env=env,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
