@@ -41,8 +41,9 @@ examples:
       --tls-certificate server.pem --tls-key server.key    # for other machines, with TLS
   vit-server --model-repository models --grpc-port 0 --http-port 0 --metrics-port 0
   vit-server --model-repository models --otlp http://localhost:4318 --trace-rate 100
-  vit-server --model-repository models -- --log-verbose=1  # a flag of tritonserver's (paths: absolute)
-  vit-server -- --help                                     # lists tritonserver's flags
+  vit-server --model-repository models -- --log-verbose=1  # a flag of tritonserver's
+  vit-server -- --help                                     # lists tritonserver's flags; paths
+                                                           # in them must be absolute
 
 environment:
   OMP_NUM_THREADS  number of cores to use (default: all that this process may use); the
