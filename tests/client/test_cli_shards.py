@@ -332,6 +332,22 @@ def test_a_part_that_is_none(tmp_path: Path, url: str, wrong: str) -> None:
     assert "must be I/N" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.tar", "-o", "out/", "--top-k", 3], "--top-k does not go with shards"),
+        (["a.tar", "-o", "out/", "--exclude", "b*"], "--exclude does not go with shards"),
+        (["a.png", "-o", "out.npz", "--keep", "json"], "--keep needs shards and -o FOLDER/"),
+        (["a.tar", "-o", "out/", "--keep", "json,error"], "has a column 'error' of its own"),
+        (["a.tar", "-o", "out/", "--max-failures", "few"], "must be a number or a share (5%)"),
+    ],
+)
+def test_options_that_do_not_fit(url: str, arguments: list[object], said: str) -> None:
+    ran = vit_client(url, "embed", *arguments)
+    assert ran.returncode == 2
+    assert said in ran.stderr
+
+
 # -- a run that ends early ---------------------------------------------------------------------
 
 

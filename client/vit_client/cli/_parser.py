@@ -131,9 +131,31 @@ def _does_not_fit(options: argparse.Namespace) -> str:
     shards = [name for name in given.get("images") or () if is_shard(name)]
     if shards and not (options.task == "embed" and options.output):
         return f"{shards[0]} is a shard: vit-client embed {shards[0]} -o FOLDER/"
+    if options.task == "embed" and (problem := _of_shards(options, shards)):
+        return problem
     if options.task == "embed" and options.top_k and not options.output:
         return "--top-k needs -o; to print classes and embeddings, use vit-client analyze"
     return ""
+
+
+def _of_shards(options: argparse.Namespace, shards: list[str]) -> str:
+    """Options that go with shards only, and those that do not."""
+    if shards or (options.output or "").endswith("/"):
+        others = {
+            "--top-k": options.top_k,
+            "--overwrite": options.overwrite,
+            "--files-from": options.files_from,
+            "--exclude": options.exclude,
+        }
+        return next((f"{name} does not go with shards" for name in others if others[name]), "")
+    given = {
+        "--keep": options.keep,
+        "--image-column": options.image_column,
+        "--dtype": options.dtype != "float32",
+        "--max-failures": options.max_failures,
+        "--part": options.part,
+    }
+    return next((f"{name} needs shards and -o FOLDER/" for name in given if given[name]), "")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -294,7 +316,11 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    for name in ("shard", "key", "embedding", "model_version", "error"):
+        if name in names:
+            raise argparse.ArgumentTypeError(f"a part has a column {name!r} of its own")
+    return names
 
 
 def _failures(text: str) -> str:

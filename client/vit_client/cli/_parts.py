@@ -41,6 +41,8 @@ from ._tables import pyarrow
 PART = 10_000
 GROUP = 1_000
 
+_DAY = 86_400  # seconds
+
 # Before this many rows a share of failures says little.
 _FIRST = 100
 
@@ -53,6 +55,10 @@ class _Folder:
         self._remote = _shards.filesystem(name) if _shards.is_url(name) else None
         if self._remote is None:
             Path(name).mkdir(parents=True, exist_ok=True)
+            for left in Path(name).glob(".vit-client-*.partial"):  # by runs that were killed
+                with contextlib.suppress(OSError):
+                    if time.time() - left.stat().st_mtime > _DAY:  # nobody is writing it
+                        left.unlink()
         else:  # whether it can be reached at all is to be known before an hour's work
             with _shards.remote_errors(self.name), contextlib.suppress(FileNotFoundError):
                 self._remote.ls(self.name)
