@@ -35,6 +35,8 @@ def load(folder: str) -> tuple[faiss.Index, list[str], str]:
         keys += [f"{row['shard']}: {row['key']}" for row in table.select([0, 1]).to_pylist()]
     if len(versions) != 1:
         sys.exit(f"{folder} has embeddings of {len(versions)} models; one is needed")
+    if index is None:
+        sys.exit(f"{folder} has no embeddings, but errors")
     return index, keys, versions.pop()
 
 

@@ -84,7 +84,7 @@ def test_a_bucket_that_goes_away(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
-    assert main(["embed", str(made), "-o", f"{bucket}/out/"]) == 2
+    assert main(["embed", str(made), "-o", f"{bucket}/out/"]) == 3
     said = capsys.readouterr().err
     assert "127.0.0.1:1" in said
     assert "Traceback" not in said

@@ -1,8 +1,10 @@
 """`embed SHARDS -o FOLDER/`: what is read of shards, what the parts hold, and how a run resumes."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import signal
@@ -184,14 +186,105 @@ def test_a_shard_that_is_cut_short(
         assert found[3]["key"] == "000003"
         assert found[3]["error"] == "the shard is cut short or damaged in 000003.png"
     elif where == "beginning":
-        assert "after its beginning" in said
+        assert "at its beginning, or is no tar archive" in said
     else:  # JSON is not kept, and so not missed
         last = "000002" if where == "header" else "000003"
         assert found[-1]["key"] == last
         assert f"{cut}: is cut short or damaged after {last}" in said
+    # It is read again, as it may have been mended: the same end, and then a good one.
     before = content(tmp_path / "out")
-    main(["embed", str(cut), "-o", f"{tmp_path}/out/"])
+    assert main(["embed", str(cut), "-o", f"{tmp_path}/out/"]) == 1
     assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("hole", ["header", "end", "joined"])
+def test_zeros_in_a_shard_are_not_its_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hole: str
+) -> None:
+    """As a download leaves them that was broken off."""
+    made = shard(tmp_path / "a.tar", range(6))
+    with tarfile.open(made) as archive:
+        at = archive.getmembers()[9].offset
+    data = bytearray(made.read_bytes())
+    if hole == "joined":
+        data += bytes(data)
+    else:
+        data[at : at + (512 if hole == "header" else 1024)] = bytes(
+            512 if hole == "header" else 1024
+        )
+    made.write_bytes(data)
+    assert main(["embed", str(made), "-o", f"{tmp_path}/out/"]) == 1
+    assert "is cut short or damaged after 00000" in capsys.readouterr().err
+    good = [row["key"] for row in rows(tmp_path / "out") if not row["error"]]
+    assert good[:3] == ["000000", "000001", "000002"]
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tar.bz2", "tar.xz"])
+def test_several_compressed_streams(tmp_path: Path, suffix: str) -> None:
+    """As pigz, pbzip2 and pixz write them."""
+    data = shard(tmp_path / "a.tar", range(6)).read_bytes()
+    pack = {"tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}[suffix]
+    made = tmp_path / f"b.{suffix}"
+    made.write_bytes(pack(data[:20_000]) + pack(data[20_000:]))
+    assert main(["embed", str(made), "-o", f"{tmp_path}/out/"]) == 0
+    assert len(rows(tmp_path / "out")) == 6
+
+
+def test_checksums_of_gzip(tmp_path: Path) -> None:
+    made = tmp_path / "a.tar.gz"
+    packed = bytearray(gzip.compress(shard(tmp_path / "a.tar", range(6)).read_bytes()))
+    packed[-6] ^= 1
+    made.write_bytes(packed)
+    assert main(["embed", str(made), "-o", f"{tmp_path}/out/"]) == 1
+    assert len(rows(tmp_path / "out")) == 6
+
+
+def test_links_and_names_that_are_there_twice(tmp_path: Path) -> None:
+    made = tmp_path / "a.tar"
+    with tarfile.open(made, "w") as archive:
+        for name, data in (
+            ("a.png", encoded(1)),
+            ("b.png", None),
+            ("c.png", encoded(2)),
+            ("c.png", encoded(3)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data or b"")
+            if data is None:
+                member.type, member.linkname = tarfile.LNKTYPE, "a.png"
+            archive.addfile(member, io.BytesIO(data) if data else None)
+    assert main(["embed", str(made), "-o", f"{tmp_path}/out/"]) == 1
+    found = rows(tmp_path / "out")
+    assert [row["key"] for row in found] == ["a", "b", "c", "c"]
+    assert [row["error"] for row in found] == [None, "is a link, to a.png", None, None]
+
+
+def test_one_bad_shard_costs_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [str(shard(tmp_path / f"{number}.tar", [number, number + 10])) for number in range(3)]
+    footer = tmp_path / "footer.parquet"
+    pq.write_table(table("bytes"), footer)
+    data = bytearray(footer.read_bytes())
+    data[-300:-8] = bytes(292)
+    footer.write_bytes(data)
+    (tmp_path / "text.tar").write_text("no archive " * 100)
+    (tmp_path / "empty.tar").touch()
+    bad = [str(footer), f"{tmp_path}/text.tar", f"{tmp_path}/empty.tar"]
+    arguments = ["embed", names[0], *bad, *names[1:], "-o", f"{tmp_path}/out/"]
+    for _ in range(2):  # it is said again, and the good ones are kept
+        assert main(arguments) == 1
+        said = capsys.readouterr().err
+        for name in bad:
+            assert f"{name}: " in said
+        assert len(rows(tmp_path / "out")) == 6
+    assert main([*arguments[:-2], "--max-failures", "2", "-o", f"{tmp_path}/other/"]) == 1
+    assert "ended by --max-failures: 3 failures" in capsys.readouterr().err
+    shard(tmp_path / "text.tar", [1])  # mended
+    assert main(arguments) == 1
+    assert len(rows(tmp_path / "out")) == 7
+    # A column that is missing ends the run, but what is done by then is kept.
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "n.parquet")
+    assert main(["embed", names[0], f"{tmp_path}/n.parquet", "-o", f"{tmp_path}/kept/"]) == 2
+    assert len(rows(tmp_path / "kept")) == 2
 
 
 def test_gzip_that_is_cut_short(tmp_path: Path) -> None:
@@ -296,6 +389,9 @@ def test_names_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "020.tar: no such file or directory" in capsys.readouterr().err
     assert main(["embed", f"{folder}/x*.tar", "-o", out]) == 2
     assert "no file matches this pattern" in capsys.readouterr().err
+    odd = shard(tmp_path / "a[1].tar", [1])
+    shard(tmp_path / "a1.tar", [2])
+    assert _shards.expand([str(odd)]) == [str(odd)]
     assert main(["embed", f"{folder}/000.tar", str(tmp_path), "-o", out]) == 2
     assert "is no shard" in capsys.readouterr().err
     (tmp_path / "sub").mkdir()
@@ -338,6 +434,7 @@ def test_a_part_that_is_none(tmp_path: Path, url: str, wrong: str) -> None:
         (["a.tar", "-o", "out/", "--top-k", 3], "--top-k does not go with shards"),
         (["a.tar", "-o", "out/", "--exclude", "b*"], "--exclude does not go with shards"),
         (["a.png", "-o", "out.npz", "--keep", "json"], "--keep needs shards and -o FOLDER/"),
+        (["a.tar", "-o", "out.npz"], "of shards it is a folder: -o out/"),
         (["a.tar", "-o", "out/", "--keep", "json,error"], "has a column 'error' of its own"),
         (["a.tar", "-o", "out/", "--max-failures", "few"], "must be a number or a share (5%)"),
     ],
@@ -395,7 +492,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
         assert process.returncode == 130
         assert "keeps the parts so far: the same command resumes from there" in said
         assert "Traceback" not in said
-        assert not list((tmp_path / "out").glob("*.partial"))
+        assert not list((tmp_path / "out").glob(".vit-client*"))
     assert main(["embed", str(made), "-o", f"{tmp_path}/out/"]) == 0
     assert len(rows(tmp_path / "out")) == 200
 
@@ -407,11 +504,12 @@ def test_what_does_not_fit_to_the_parts_so_far(
     arguments = ["embed", str(made), "-o", f"{tmp_path}/out/"]
     assert main(arguments) == 0
     before = content(tmp_path / "out")
-    assert main([*arguments, "--dtype", "float16"]) == 2
-    assert "a-00000.parquet is of other settings" in capsys.readouterr().err
-    shard(made, range(30))
+    for option in (["--dtype", "float16"], ["--keep", "cls"], ["--image-column", "b"]):
+        assert main([*arguments, *option]) == 2
+        assert "a-00000.parquet is of another --keep" in capsys.readouterr().err
+    shard(made, range(3, 6))  # of the same size
     assert main(arguments) == 2
-    assert "or its shard has changed" in capsys.readouterr().err
+    assert "another shard of this name" in capsys.readouterr().err
     assert content(tmp_path / "out") == before
 
 

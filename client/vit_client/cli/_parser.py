@@ -58,7 +58,7 @@ To see the images with their classes: vit-client classify photos/ --sheet sheet.
 """
 
 _SIMILAR = """\
-FILE is an output of `vit-client embed -o`.
+FILE is an output of `vit-client embed -o`, also the folder of a dataset in shards.
 
 To see the images found: vit-client similar cat.jpg --to photos.npz --sheet alike.png
 It reads the images under the names in FILE: run it in the folder where you ran `embed`.
@@ -140,7 +140,10 @@ def _does_not_fit(options: argparse.Namespace) -> str:
 
 def _of_shards(options: argparse.Namespace, shards: list[str]) -> str:
     """Options that go with shards only, and those that do not."""
-    if shards or (options.output or "").endswith("/"):
+    output = options.output or ""
+    if shards and output.endswith((".npz", ".parquet", ".safetensors")):
+        return f"-o {output}: of shards it is a folder: -o {output.rpartition('.')[0]}/"
+    if shards or output.endswith("/"):
         others = {
             "--top-k": options.top_k,
             "--overwrite": options.overwrite,
@@ -273,7 +276,9 @@ def _similar(verbs: Any) -> None:
     what = "the images most similar to a query, by cosine of their embeddings"
     verb = _verb(verbs, "similar", what, similar, _SIMILAR)
     verb.add_argument("query", metavar="IMAGE", help="file, or - for standard input")
-    verb.add_argument("--to", metavar="FILE", required=True, help="file of embeddings to search")
+    verb.add_argument(
+        "--to", metavar="FILE", required=True, help="file or folder of embeddings to search"
+    )
     verb.add_argument(
         "-n",
         "--number",
@@ -316,7 +321,7 @@ def _verb(verbs: Any, name: str, what: str, run: Any, about: str) -> argparse.Ar
 
 
 def _names(text: str) -> list[str]:
-    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in ("shard", "key", "embedding", "model_version", "error"):
         if name in names:
             raise argparse.ArgumentTypeError(f"a part has a column {name!r} of its own")

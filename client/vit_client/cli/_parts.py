@@ -41,6 +41,11 @@ from ._tables import pyarrow
 PART = 10_000
 GROUP = 1_000
 
+# Kept bytes (a video of each sample, say) in memory before a row group is written.
+_GROUP_BYTES = 32 << 20
+
+_PARTIAL = ".vit-client-partial-"
+
 _DAY = 86_400  # seconds
 
 # Before this many rows a share of failures says little.
@@ -55,16 +60,20 @@ class _Folder:
         self._remote = _shards.filesystem(name) if _shards.is_url(name) else None
         if self._remote is None:
             Path(name).mkdir(parents=True, exist_ok=True)
-            for left in Path(name).glob(".vit-client-*.partial"):  # by runs that were killed
+            for left in Path(name).glob(f"{_PARTIAL}*"):  # by runs that were killed
                 with contextlib.suppress(OSError):
                     if time.time() - left.stat().st_mtime > _DAY:  # nobody is writing it
                         left.unlink()
         else:  # whether it can be reached at all is to be known before an hour's work
             with _shards.remote_errors(self.name), contextlib.suppress(FileNotFoundError):
                 self._remote.ls(self.name)
-        there = Path(tempfile.gettempdir() if self._remote else name)
-        self.partial = there / f".vit-client-{os.getpid()}.partial"
-        """The file, of this machine, for the part that is being written."""
+        self._place = None if self._remote else name
+
+    def partial(self) -> Path:
+        """A new file of this machine, for a part that is being written."""
+        file, path = tempfile.mkstemp(prefix=_PARTIAL, dir=self._place)
+        os.close(file)
+        return Path(path)
 
     def has(self, part: str) -> bool:
         """Whether a part is there; it is complete then."""
@@ -76,16 +85,22 @@ class _Folder:
         place = f"{self.name}/{part}"
         return self._remote.open(place) if self._remote else Path(place).open("rb")
 
-    def publish(self, part: str) -> None:
-        """Give the file `partial` its name."""
+    def publish(self, partial: Path, part: str) -> None:
+        """Give such a file its name."""
         if self._remote:
-            with _shards.remote_errors(self.name):
-                self._remote.put_file(str(self.partial), f"{self.name}/{part}")
-            self.partial.unlink()
+            try:
+                self._remote.put_file(str(partial), f"{self.name}/{part}")
+            except Exception as failure:  # fsspec's packages raise anything
+                why = shortened(str(failure) or type(failure).__name__)
+                raise CannotWrite(f"{self.name}/{part} cannot be written ({why})") from failure
+            partial.unlink()
             return
-        with self.partial.open("rb") as written:
+        with partial.open("rb") as written:
             os.fsync(written.fileno())
-        self.partial.replace(Path(self.name, part))
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # mkstemp's is for its owner only
+        partial.replace(Path(self.name, part))
 
 
 @dataclass
@@ -100,8 +115,12 @@ class _Run:
 
     def about(self, shard: str) -> dict[str, str]:
         """What decides the contents of a shard's parts, to tell whether they may be kept."""
-        settings = {"keep": self.keep, "dtype": self.dtype, "shard_bytes": _size(shard)}
-        return {"model": describe(self.model), "settings": json.dumps(settings)}
+        settings = [self.keep, self.dtype, self.image_column]
+        return {
+            "model": describe(self.model),
+            "settings": json.dumps(settings),
+            "shard": _shards.fingerprint(shard),
+        }
 
 
 @dataclass
@@ -152,8 +171,9 @@ def embed_to_folder(options: Namespace) -> int:
             error(str(end))
             return IMAGES_FAILED
         except BaseException:
-            kept = f"{shortened(folder.name)} keeps the parts so far"
-            note(f"{kept}: the same command resumes from there")
+            if report.parts:
+                kept = f"{shortened(folder.name)} keeps the parts so far"
+                note(f"{kept}: the same command resumes from there")
             raise
         finally:
             report.tell()
@@ -180,16 +200,6 @@ def _limit(text: str | None) -> Any:
     return lambda _rows, failed: failed > int(text)
 
 
-def _size(shard: str) -> int:
-    try:
-        if _shards.is_url(shard):
-            with _shards.remote_errors(shard):
-                return int(_shards.filesystem(shard).size(shard) or 0)
-        return Path(shard).stat().st_size
-    except OSError as failure:
-        raise ConfigurationError(f"{shortened(shard)}: {reason(failure)}") from None
-
-
 # -- what is there already ---------------------------------------------------------------------
 
 
@@ -204,6 +214,8 @@ def _left(run: _Run, shards: Sequence[str], report: _Report) -> list[tuple[str, 
         about, part, done = run.about(shard), 0, False
         while not done and run.folder.has(name := _name(shard, part)):
             found = _metadata(run.folder, name, about)
+            if found["damaged"] == "1":  # it may have been mended
+                break
             report.kept += int(found["rows"])
             report.kept_failed += int(found["failures"])
             done = found["last"] == "1"
@@ -230,13 +242,17 @@ def _metadata(folder: _Folder, part: str, about: dict[str, str]) -> dict[str, st
         with folder.open(part) as file:
             raw = pyarrow("parquet").read_metadata(file).metadata or {}
     except (OSError, pyarrow().ArrowException) as failure:
-        raise ConfigurationError(f"{shortened(path)} cannot be read ({failure})") from None
+        why = f"{shortened(path)} cannot be read ({failure}): delete it"
+        raise ConfigurationError(why) from None
     found = {name.decode(): value.decode() for name, value in raw.items()}
     for name, value in about.items():
-        if found.get(name) != value:
-            what = (
-                "another model" if name == "model" else "other settings, or its shard has changed"
-            )
+        mended = name == "shard" and found.get("damaged") == "1"
+        if found.get(name) != value and not mended:
+            what = {
+                "model": "another model",
+                "settings": "another --keep, --dtype or --image-column",
+                "shard": "another shard of this name, or it has changed",
+            }[name]
             raise ConfigurationError(
                 f"{shortened(path)} is of {what}: use another folder, or delete the shard's parts"
             )
@@ -262,7 +278,7 @@ class _End:
     shard: str
     part: int
     last: bool
-    problem: str = ""
+    problem: CutShort | None = None
 
 
 def _embed(
@@ -277,8 +293,15 @@ def _embed(
         model_version=run.model.version or None,
     )
     with contextlib.closing(writer), contextlib.closing(stream):
-        for item in stream:
-            _end_parts(waiting, writer, report)
+        items = iter(stream)
+        while True:
+            try:
+                item = next(items, None)
+            finally:  # also where a later shard ends the run
+                _end_parts(waiting, writer, report)
+                _check_failures(report, too_many)
+            if item is None:
+                return
             row = waiting.popleft()
             assert isinstance(row, _Row)
             report.rows += 1
@@ -286,17 +309,21 @@ def _embed(
             if why:
                 report.failure(f"{row.shard}: {row.key}", why)
             writer.add(row, None if item.error else item.result, why)
-            if too_many(report.rows, report.failed):
-                raise TooManyFailures(
-                    f"ended by --max-failures: {report.failed} of {report.rows} images failed"
-                )
-        _end_parts(waiting, writer, report)
+            _check_failures(report, too_many)
+
+
+def _check_failures(report: _Report, too_many: Any) -> None:
+    if too_many(report.rows, report.failed):
+        raise TooManyFailures(
+            f"ended by --max-failures: {report.failed} failures in {report.rows} images"
+        )
 
 
 def _read(run: _Run, left: list[tuple[str, int]], waiting: deque[_Row | _End]) -> Iterator[Any]:
     """The images, and in `waiting`, in the same order, what they belong to."""
     for shard, first in left:
-        part, rows, problem = first, 0, ""
+        part, rows = first, 0
+        problem: CutShort | None = None
         most = run.model.max_request_bytes
         try:
             found = _shards.samples(shard, run.keep, run.image_column, most)
@@ -308,17 +335,17 @@ def _read(run: _Run, left: list[tuple[str, int]], waiting: deque[_Row | _End]) -
                 waiting.append(_Row(shard, escaped(sample.key), sample.kept))
                 yield sample.image
         except CutShort as failure:
-            problem = str(failure)
+            problem = failure
         waiting.append(_End(shard, part, last=True, problem=problem))
 
 
 def _end_parts(waiting: deque[_Row | _End], writer: _Writer, report: _Report) -> None:
     while waiting and isinstance(end := waiting[0], _End):
         waiting.popleft()
-        if end.problem:
-            report.failure(end.shard, end.problem)
-        writer.finish(end)
+        if end.problem and not end.problem.told:
+            report.failure(end.shard, str(end.problem))
         report.parts += 1
+        writer.finish(end)
 
 
 class _Writer:
@@ -327,28 +354,35 @@ class _Writer:
     def __init__(self, run: _Run) -> None:
         self._run = run
         self._rows: list[tuple[_Row, Any, str]] = []
-        self._count = self._failed = 0
+        self._count = self._failed = self._bytes = 0
         self._file: Any = None
         self._schema: Any = None
-        self._path = run.folder.partial
+        self._path = Path()
 
     def add(self, row: _Row, embedding: Any, why: str) -> None:
         """Append a row; `embedding` is None if it has an error."""
         self._rows.append((row, embedding, why))
         self._count += 1
         self._failed += bool(why)
-        if len(self._rows) == GROUP:
+        self._bytes += sum(len(v) for v in row.kept.values() if isinstance(v, (str, bytes)))
+        if len(self._rows) == GROUP or self._bytes > _GROUP_BYTES:
             self._write(row.shard)
 
     def finish(self, end: _End) -> None:
         """Complete the part. An empty shard has an empty one."""
         self._write(end.shard)
         self._file.add_key_value_metadata(
-            {"last": str(int(end.last)), "rows": str(self._count), "failures": str(self._failed)}
+            {
+                "last": str(int(end.last)),
+                "rows": str(self._count),
+                "failures": str(self._failed),
+                "damaged": str(int(end.problem is not None)),
+                "problem": str(end.problem or ""),
+            }
         )
         with _told(self._path):
             self._file.close()
-            self._run.folder.publish(_name(end.shard, end.part))
+            self._run.folder.publish(self._path, _name(end.shard, end.part))
         self._file, self._count, self._failed = None, 0, 0
 
     def close(self) -> None:
@@ -356,18 +390,19 @@ class _Writer:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
     def _write(self, shard: str) -> None:
         pa = pyarrow()
         with _told(self._path):
             if self._file is None:
+                self._path = self._run.folder.partial()
                 self._schema = self._columns(shard)
                 self._file = pyarrow("parquet").ParquetWriter(self._path, self._schema)
             if not self._rows:
                 return
-            rows, self._rows = self._rows, []
+            rows, self._rows, self._bytes = self._rows, [], 0
             width = self._run.model.embedding_size
             # Parquet has no missing list of a fixed size (Arrow: "not supported").
             numbers = np.full((len(rows), width), np.nan, self._run.dtype)

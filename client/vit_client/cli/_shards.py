@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
+import io
+import lzma
+import os
 import re
 import tarfile
 import zlib
@@ -14,7 +19,7 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ..errors import ConfigurationError, VitClientError, shortened
+from ..errors import ConfigurationError, Unavailable, VitClientError, shortened
 from ._common import reason
 from ._folders import SUFFIXES
 from ._tables import pyarrow
@@ -24,6 +29,9 @@ _TABLES = (".parquet", ".arrow", ".feather")
 
 # Fields of tar shards that are text; others are kept as bytes.
 _TEXTS = frozenset(("cls", "caption", "html", "id", "json", "label", "md", "txt", "url", "xml"))
+
+# Bytes at either end of a shard that tell it from others.
+_ENDS = 1 << 16
 
 # Rows of a table that are in memory at a time.
 _ROWS = 8
@@ -55,7 +63,15 @@ class Unusable:
 
 
 class CutShort(Exception):
-    """The shard is damaged before its end, between two samples; what was whole has been yielded."""
+    """The shard is damaged from here on; what was whole has been yielded.
+
+    Attributes:
+        told: whether a sample with the reason has been yielded, too.
+    """
+
+    def __init__(self, why: str, *, told: bool = False) -> None:
+        super().__init__(why)
+        self.told = told
 
 
 def is_shard(name: str) -> bool:
@@ -72,9 +88,11 @@ def expand(arguments: Sequence[str]) -> list[str]:
     """
     names: dict[str, None] = {}
     for argument in arguments:
-        for name in _braces(argument):
+        for name in [argument] if os.path.lexists(argument) else _braces(argument):
             found = [name]
-            if glob.has_magic(name) and not is_url(name):
+            if os.path.lexists(name):  # even if it has brackets
+                pass
+            elif glob.has_magic(name) and not is_url(name):
                 found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
             elif glob.has_magic(name):
                 found = _remote_matches(name)
@@ -166,14 +184,21 @@ def is_url(name: str) -> bool:
 
 @contextmanager
 def remote_errors(url: str) -> Iterator[None]:
-    """The errors of fsspec's packages are of any kind; they become a ConfigurationError."""
+    """The errors of fsspec's packages are of any kind.
+
+    Raises:
+        ConfigurationError: There is no such file.
+        Unavailable: Anything else.
+    """
     try:
         yield
     except (CutShort, VitClientError, GeneratorExit):
         raise
+    except FileNotFoundError:
+        raise ConfigurationError(f"{shortened(url)}: no such file or bucket") from None
     except Exception as failure:
         why = str(failure) or type(failure).__name__
-        raise ConfigurationError(f"{shortened(url)}: {shortened(why)}") from failure
+        raise Unavailable(f"{shortened(url)}: {shortened(why)}") from failure
 
 
 def filesystem(url: str) -> Any:
@@ -208,18 +233,21 @@ def _tar(file: IO[bytes], keep: Sequence[str], most: int) -> Iterator[Sample]:
     fields: dict[str, bytes | Unusable] = {}
     at = ""  # the file that is being read
     try:
-        with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as archive:
+        with tarfile.open(fileobj=_unpacked(file), mode="r|", tarinfo=_Member) as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
-                if not member.isfile() or _is_litter(member.name):
+                base, name = _split(member.name)
+                link = (member.issym() or member.islnk()) and _is_image(name)
+                if not (member.isfile() or link) or _is_litter(member.name):
                     continue
                 at = member.name
-                base, name = _split(member.name)
-                if base != key and fields:
+                if fields and (base != key or name in fields):
                     yield _sample(key, fields, keep)
                     fields = {}
                 key = base
-                if _is_image(name) and member.size > most:
+                if link:
+                    fields[name] = Unusable(f"is a link, to {member.linkname}")
+                elif _is_image(name) and member.size > most:
                     fields[name] = Unusable(
                         f"is {member.size >> 20} MiB, too large (the server accepts {most >> 20})"
                     )
@@ -229,19 +257,37 @@ def _tar(file: IO[bytes], keep: Sequence[str], most: int) -> Iterator[Sample]:
                 else:
                     fields.setdefault(name, b"")
                 at = ""
-    except (tarfile.TarError, EOFError, OSError, zlib.error, _Short) as failure:
-        if (
-            isinstance(failure, OSError) and failure.errno
-        ):  # the disk's or network's, not the shard's
+            _only_zeros(archive.fileobj)
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, _Short) as failure:
+        if isinstance(failure, OSError) and failure.errno:  # the disk's or network's
             raise
         if at:
             yield Sample(key, Unusable(f"the shard is cut short or damaged in {at}"))
-            return
+            raise CutShort(f"is cut short or damaged in {at}", told=True) from None
         if fields:
             yield _sample(key, fields, keep)
-        raise CutShort(f"is cut short or damaged after {key or 'its beginning'}") from None
+        where = f"after {key}" if key else "at its beginning, or is no tar archive"
+        raise CutShort(f"is cut short or damaged {where}") from None
     if fields:
         yield _sample(key, fields, keep)
+
+
+def _unpacked(file: Any) -> Any:
+    """What a compressed file contains; of all streams in it, and with their checksums checked,
+    which tarfile does not do."""
+    buffered = file if hasattr(file, "peek") else io.BufferedReader(file)
+    begin = buffered.peek(6)
+    for magic, opened in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
+        if begin.startswith(magic):
+            return opened(buffered)
+    return buffered
+
+
+def _only_zeros(file: Any) -> None:
+    """Nothing comes after the end of an archive: what looks like it may be a hole."""
+    while part := file.read(1 << 20):
+        if part.strip(b"\0"):
+            raise _Short
 
 
 class _Short(Exception):
@@ -306,7 +352,9 @@ def _table(
     pa = pyarrow()
     try:
         schema, batches = _batches(shard, file)
-    except pa.ArrowInvalid as failure:
+    except (pa.ArrowException, OSError) as failure:
+        if isinstance(failure, OSError) and failure.errno:
+            raise
         raise CutShort(f"cannot be read ({failure})") from None
     column = image_column or _image_column(shard, schema)
     if missing := [name for name in (column, *keep) if name not in schema.names]:
@@ -323,7 +371,9 @@ def _table(
                 data = image if isinstance(image, bytes) and image else Unusable("has no bytes")
                 yield Sample(path or str(row), data, {name: values[name] for name in keep})
                 row += 1
-    except (pa.ArrowInvalid, pa.ArrowException, OSError) as failure:
+    except (pa.ArrowException, OSError) as failure:
+        if isinstance(failure, OSError) and failure.errno:
+            raise
         raise CutShort(f"is cut short or damaged after row {row} ({failure})") from None
 
 
@@ -334,6 +384,8 @@ def _batches(shard: str, file: IO[bytes]) -> tuple[Any, Iterator[Any]]:
         # Through a buffer, page by page: a row group may have gigabytes of images.
         parquet = pyarrow("parquet").ParquetFile(file, buffer_size=1 << 20)
         return parquet.schema_arrow, parquet.iter_batches(batch_size=_ROWS)
+    if not is_url(shard):
+        file = pa.memory_map(shard)
     try:
         stored = pa.ipc.open_file(file)
         whole = (stored.get_batch(number) for number in range(stored.num_record_batches))
@@ -350,8 +402,11 @@ def column_type(shard: str, name: str) -> Any:
     pa = pyarrow()
     if shard.lower().endswith(_TARS):
         return pa.string() if name in _TEXTS else pa.binary()
-    with _opened(shard) as file:
-        schema, _ = _batches(shard, file)
+    try:
+        with _opened(shard) as file:
+            schema, _ = _batches(shard, file)
+    except (pa.ArrowException, OSError):  # told when its rows are read
+        return pa.null()
     return schema.field(name).type if name in schema.names else pa.null()
 
 
@@ -374,3 +429,17 @@ def _image_column(shard: str, schema: Any) -> str:
             "choose with --image-column"
         )
     return found[0]
+
+
+def fingerprint(shard: str) -> str:
+    """Its size, and a checksum of its first and last bytes: another shard has another one.
+
+    Raises:
+        ConfigurationError: It cannot be opened.
+    """
+    with _opened(shard) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        ends = file.read(_ENDS)
+        file.seek(max(0, size - _ENDS))
+        return f"{size} {zlib.crc32(ends + file.read(_ENDS)):08x}"
