@@ -1,6 +1,7 @@
 """`embed SHARDS -o FOLDER/`: what is read of shards, what the parts hold, and how a run resumes."""
 
 import bz2
+import fcntl
 import gzip
 import io
 import json
@@ -478,6 +479,27 @@ def test_the_same_bytes_however_often_it_is_killed(tmp_path: Path) -> None:
     assert main([*arguments, f"{tmp_path}/out/"]) == 1
     assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
     print(f"killed {kills} times")
+
+
+def test_files_of_killed_runs_are_removed_and_no_others(tmp_path: Path) -> None:
+    made = shard(tmp_path / "a.tar", range(3))
+    out = tmp_path / "out"
+    out.mkdir()
+    left, held = out / ".vit-client-partial-left", out / ".vit-client-partial-held"
+    left.touch()
+    with held.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["embed", str(made), "-o", f"{out}/"]) == 0
+        assert {path.name for path in out.iterdir()} == {held.name, "a-00000.parquet"}
+    assert main(["embed", str(made), "-o", f"{out}/"]) == 0
+    assert content(out).keys() == {"a-00000.parquet"}
+    assert (out / "a-00000.parquet").stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:

@@ -46,8 +46,6 @@ _GROUP_BYTES = 32 << 20
 
 _PARTIAL = ".vit-client-partial-"
 
-_DAY = 86_400  # seconds
-
 # Before this many rows a share of failures says little.
 _FIRST = 100
 
@@ -61,19 +59,29 @@ class _Folder:
         if self._remote is None:
             Path(name).mkdir(parents=True, exist_ok=True)
             for left in Path(name).glob(f"{_PARTIAL}*"):  # by runs that were killed
-                with contextlib.suppress(OSError):
-                    if time.time() - left.stat().st_mtime > _DAY:  # nobody is writing it
-                        left.unlink()
+                with contextlib.suppress(OSError), left.open("rb") as file:
+                    _lock(file.fileno(), wait=False)  # fails where somebody is writing it
+                    left.unlink()
         else:  # whether it can be reached at all is to be known before an hour's work
             with _shards.remote_errors(self.name), contextlib.suppress(FileNotFoundError):
                 self._remote.ls(self.name)
         self._place = None if self._remote else name
 
     def partial(self) -> Path:
-        """A new file of this machine, for a part that is being written."""
-        file, path = tempfile.mkstemp(prefix=_PARTIAL, dir=self._place)
-        os.close(file)
-        return Path(path)
+        """A new file of this machine, for a part that is being written; locked, so that no other
+        run takes it for one that a killed run has left."""
+        while True:
+            self._file, name = tempfile.mkstemp(prefix=_PARTIAL, dir=self._place)
+            _lock(self._file, wait=True)
+            if Path(name).exists():  # in the moment before it was locked, it may have been taken
+                return Path(name)
+            os.close(self._file)
+
+    def drop(self, partial: Path) -> None:
+        """Remove such a file, if it is still there."""
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        os.close(self._file)
 
     def has(self, part: str) -> bool:
         """Whether a part is there; it is complete then."""
@@ -93,7 +101,7 @@ class _Folder:
             except Exception as failure:  # fsspec's packages raise anything
                 why = shortened(str(failure) or type(failure).__name__)
                 raise CannotWrite(f"{self.name}/{part} cannot be written ({why})") from failure
-            partial.unlink()
+            self.drop(partial)
             return
         with partial.open("rb") as written:
             os.fsync(written.fileno())
@@ -101,6 +109,15 @@ class _Folder:
         os.umask(umask)
         partial.chmod(0o666 & ~umask)  # mkstemp's is for its owner only
         partial.replace(Path(self.name, part))
+        os.close(self._file)
+
+
+def _lock(file: int, *, wait: bool) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file that somebody has open cannot be removed
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @dataclass
@@ -390,8 +407,7 @@ class _Writer:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+            self._run.folder.drop(self._path)
 
     def _write(self, shard: str) -> None:
         pa = pyarrow()
