@@ -102,6 +102,11 @@ class Edge:
         with urllib.request.urlopen(f"{self.status_url}/stats/prometheus", timeout=10) as response:
             return str(response.read().decode())
 
+    def ready(self) -> bool:
+        """What a probe asks."""
+        with urllib.request.urlopen(f"{self.status_url}/ready", timeout=30) as response:
+            return bool(response.status == 200)
+
     def connections(self) -> int:
         """Those of clients that are open."""
         found = re.search(

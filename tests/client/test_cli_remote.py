@@ -71,6 +71,9 @@ def test_what_is_not_there(bucket: str, tmp_path: Path, capsys: pytest.CaptureFi
     for name in (f"{bucket}/none.tar", "s3://no-such-bucket/a.tar"):
         assert main(["embed", name, "-o", out]) == 2
         assert f"{name}: " in capsys.readouterr().err
+    made = tar(tmp_path / "a.tar", sample(1))
+    assert main(["embed", str(made), "-o", "s3://no-such-bucket/out/"]) == 5
+    assert "s3://no-such-bucket/out/.vit-client cannot be written" in capsys.readouterr().err
     assert main(["embed", f"{bucket}/*.tar", "-o", out]) == 2
     assert "no file matches this pattern" in capsys.readouterr().err
     assert main(["embed", "nonsense://a/b.tar", "-o", out]) == 2
@@ -84,7 +87,7 @@ def test_a_bucket_that_goes_away(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
-    assert main(["embed", str(made), "-o", f"{bucket}/out/"]) == 3
+    assert main(["embed", str(made), "-o", f"{bucket}/out/"]) == 5
     said = capsys.readouterr().err
     assert "127.0.0.1:1" in said
     assert "Traceback" not in said

@@ -342,9 +342,28 @@ def test_which_column_has_the_images(tmp_path: Path, capsys: pytest.CaptureFixtu
     out = f"{tmp_path}/out/"
     assert main(["embed", str(made), "--image-column", "wrong", "-o", out]) == 2
     assert "has no column 'wrong', but left, right, n" in capsys.readouterr().err
+    assert main(["embed", str(made), "--image-column", "n", "-o", out]) == 2
+    assert "column 'n' is of int64, not bytes" in capsys.readouterr().err
     assert main(["embed", str(made), "--image-column", "right", "-o", out]) == 0
     pq.write_table(pa.table({"n": [1]}), tmp_path / "b.parquet")
     assert main(["embed", str(tmp_path / "b.parquet"), "-o", out]) == 2
+
+
+def test_a_field_that_no_image_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = shard(tmp_path / "a.tar", range(2))
+    assert main(["embed", str(made), "--keep", "jsn,cls", "-o", f"{tmp_path}/out/"]) == 0
+    assert "warning: no image has a field 'jsn'" in capsys.readouterr().err
+
+
+def test_bytes_by_dictionary(tmp_path: Path) -> None:
+    made = tmp_path / "a.feather"
+    images = pa.array([encoded(1), encoded(2), encoded(1)]).dictionary_encode()
+    with made.open("wb") as file:
+        data = pa.table({"photo": images})
+        with pa.ipc.new_file(file, data.schema) as writer:
+            writer.write_table(data)
+    assert main(["embed", str(made), "-o", f"{tmp_path}/out/"]) == 0
+    assert len(rows(tmp_path / "out")) == 3
 
 
 def test_rows_without_an_image(tmp_path: Path) -> None:

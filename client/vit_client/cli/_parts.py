@@ -33,7 +33,7 @@ from ._common import (
     warn_if_untrained,
 )
 from ._embed import describe
-from ._report import error, note
+from ._report import error, note, warning
 from ._shards import CutShort
 from ._tables import pyarrow
 
@@ -55,16 +55,15 @@ class _Folder:
 
     def __init__(self, name: str) -> None:
         self.name = name.rstrip("/")
-        self._remote = _shards.filesystem(name) if _shards.is_url(name) else None
+        self._remote: Any = _shards.filesystem(name) if _shards.is_url(name) else None
         if self._remote is None:
             Path(name).mkdir(parents=True, exist_ok=True)
             for left in Path(name).glob(f"{_PARTIAL}*"):  # by runs that were killed
                 with contextlib.suppress(OSError), left.open("rb") as file:
                     _lock(file.fileno(), wait=False)  # fails where somebody is writing it
                     left.unlink()
-        else:  # whether it can be reached at all is to be known before an hour's work
-            with _shards.remote_errors(self.name), contextlib.suppress(FileNotFoundError):
-                self._remote.ls(self.name)
+        else:
+            self._try()
         self._place = None if self._remote else name
 
     def partial(self) -> Path:
@@ -83,6 +82,21 @@ class _Folder:
             partial.unlink()
         os.close(self._file)
 
+    def _try(self) -> None:
+        """Write a file there, and remove it: that it cannot be is to be known before an hour's
+        work."""
+        place = f"{self.name}/.vit-client"
+        try:
+            self._remote.pipe_file(place, b"vit-client")
+        except Exception as failure:  # fsspec's packages raise anything
+            raise self._cannot_write(place, failure) from failure
+        with contextlib.suppress(Exception):
+            self._remote.rm_file(place)
+
+    def _cannot_write(self, place: str, failure: Exception) -> CannotWrite:
+        why = shortened(str(failure) or type(failure).__name__)
+        return CannotWrite(f"{shortened(place)} cannot be written ({why})")
+
     def has(self, part: str) -> bool:
         """Whether a part is there; it is complete then."""
         place = f"{self.name}/{part}"
@@ -99,8 +113,7 @@ class _Folder:
             try:
                 self._remote.put_file(str(partial), f"{self.name}/{part}")
             except Exception as failure:  # fsspec's packages raise anything
-                why = shortened(str(failure) or type(failure).__name__)
-                raise CannotWrite(f"{self.name}/{part} cannot be written ({why})") from failure
+                raise self._cannot_write(f"{self.name}/{part}", failure) from failure
             self.drop(partial)
             return
         with partial.open("rb") as written:
@@ -146,6 +159,7 @@ class _Report:
     parts: int = 0
     kept: int = 0  # rows of parts that were there already
     kept_failed: int = 0
+    seen: set[str] = field(default_factory=set)  # kept fields that a sample has had
     failures: Counter[str] = field(default_factory=Counter)
     begun: float = field(default_factory=time.monotonic)
 
@@ -194,6 +208,8 @@ def embed_to_folder(options: Namespace) -> int:
             raise
         finally:
             report.tell()
+    for name in set(run.keep) - report.seen if report.rows else ():
+        warning(f"no image has a field {name!r}")
     rows = report.kept + report.rows
     print(f"{folder.name}: {report.parts} parts, {rows} × {model.embedding_size} {run.dtype}")
     return IMAGES_FAILED if report.failed + report.kept_failed else OK
@@ -322,6 +338,7 @@ def _embed(
             row = waiting.popleft()
             assert isinstance(row, _Row)
             report.rows += 1
+            report.seen.update(row.kept)
             why = item.error.reason if item.error else ""
             if why:
                 report.failure(f"{row.shard}: {row.key}", why)

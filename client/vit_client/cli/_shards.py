@@ -361,6 +361,10 @@ def _table(
         raise ConfigurationError(
             f"{shortened(shard)} has no column {missing[0]!r}, but {', '.join(schema.names)}"
         )
+    if not _has_images(kind := schema.field(column).type):
+        raise ConfigurationError(
+            f"{shortened(shard)}: column {column!r} is of {kind}, not bytes, or a struct of them"
+        )
     row = 0
     try:
         for batch in batches:
@@ -412,14 +416,7 @@ def column_type(shard: str, name: str) -> Any:
 
 def _image_column(shard: str, schema: Any) -> str:
     """The one column of bytes, or of Hugging Face's structs of bytes and path."""
-    types = pyarrow("types")
-
-    def fits(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return any(each.name == "bytes" and fits(each.type) for each in kind)
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-    found: list[str] = [each.name for each in schema if fits(each.type)]
+    found: list[str] = [each.name for each in schema if _has_images(each.type)]
     if "image" in found:
         return "image"
     if len(found) != 1:
@@ -429,6 +426,15 @@ def _image_column(shard: str, schema: Any) -> str:
             "choose with --image-column"
         )
     return found[0]
+
+
+def _has_images(kind: Any) -> bool:
+    types = pyarrow("types")
+    if types.is_struct(kind):
+        return any(each.name == "bytes" and _has_images(each.type) for each in kind)
+    if types.is_dictionary(kind):
+        return _has_images(kind.value_type)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def fingerprint(shard: str) -> str:
