@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import tempfile
 import time
 from argparse import Namespace
 from collections import Counter, deque
@@ -14,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +31,9 @@ from ._common import (
     warn_if_untrained,
 )
 from ._embed import describe
+from ._part_folder import PartFolder
 from ._report import error, note, warning
-from ._shards import CutShort
+from ._sample import CutShort
 from ._tables import pyarrow
 
 # Rows of a part, and of a row group in it. A killed run repeats at most one part of each shard.
@@ -44,100 +43,15 @@ GROUP = 1_000
 # Kept bytes (a video of each sample, say) in memory before a row group is written.
 _GROUP_BYTES = 32 << 20
 
-_PARTIAL = ".vit-client-partial-"
-
 # Before this many rows a share of failures says little.
 _FIRST = 100
-
-
-class _Folder:
-    """Where the parts go: a folder of this machine, or an address that fsspec opens."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name.rstrip("/")
-        self._remote: Any = _shards.filesystem(name) if _shards.is_url(name) else None
-        if self._remote is None:
-            Path(name).mkdir(parents=True, exist_ok=True)
-            for left in Path(name).glob(f"{_PARTIAL}*"):  # by runs that were killed
-                with contextlib.suppress(OSError), left.open("rb") as file:
-                    _lock(file.fileno(), wait=False)  # fails where somebody is writing it
-                    left.unlink()
-        else:
-            self._try()
-        self._place = None if self._remote else name
-
-    def partial(self) -> Path:
-        """A new file of this machine, for a part that is being written; locked, so that no other
-        run takes it for one that a killed run has left."""
-        while True:
-            self._file, name = tempfile.mkstemp(prefix=_PARTIAL, dir=self._place)
-            _lock(self._file, wait=True)
-            if Path(name).exists():  # in the moment before it was locked, it may have been taken
-                return Path(name)
-            os.close(self._file)
-
-    def drop(self, partial: Path) -> None:
-        """Remove such a file, if it is still there."""
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        os.close(self._file)
-
-    def _try(self) -> None:
-        """Write a file there, and remove it: that it cannot be is to be known before an hour's
-        work."""
-        place = f"{self.name}/.vit-client"
-        try:
-            self._remote.pipe_file(place, b"vit-client")
-        except Exception as failure:  # fsspec's packages raise anything
-            raise self._cannot_write(place, failure) from failure
-        with contextlib.suppress(Exception):
-            self._remote.rm_file(place)
-
-    def _cannot_write(self, place: str, failure: Exception) -> CannotWrite:
-        why = shortened(str(failure) or type(failure).__name__)
-        return CannotWrite(f"{shortened(place)} cannot be written ({why})")
-
-    def has(self, part: str) -> bool:
-        """Whether a part is there; it is complete then."""
-        place = f"{self.name}/{part}"
-        return bool(self._remote.isfile(place) if self._remote else Path(place).is_file())
-
-    def open(self, part: str) -> IO[bytes]:
-        """A part, for reading."""
-        place = f"{self.name}/{part}"
-        return self._remote.open(place) if self._remote else Path(place).open("rb")
-
-    def publish(self, partial: Path, part: str) -> None:
-        """Give such a file its name."""
-        if self._remote:
-            try:
-                self._remote.put_file(str(partial), f"{self.name}/{part}")
-            except Exception as failure:  # fsspec's packages raise anything
-                raise self._cannot_write(f"{self.name}/{part}", failure) from failure
-            self.drop(partial)
-            return
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # mkstemp's is for its owner only
-        partial.replace(Path(self.name, part))
-        os.close(self._file)
-
-
-def _lock(file: int, *, wait: bool) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows, where a file that somebody has open cannot be removed
-        return
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 @dataclass
 class _Run:
     """What all parts of a run have in common."""
 
-    folder: _Folder
+    folder: PartFolder
     model: Model
     keep: list[str]
     dtype: str
@@ -190,7 +104,7 @@ def embed_to_folder(options: Namespace) -> int:
     """Embed the images of all shards into parts in `options.output`; returns the exit code."""
     pyarrow("parquet")
     shards = _shards.expand(options.images)[_share(options.part)]
-    folder = _Folder(options.output)
+    folder = PartFolder(options.output)
     report = _Report()
     with connect(options) as client:
         warn_if_untrained(client)
@@ -264,7 +178,7 @@ def _left(run: _Run, shards: Sequence[str], report: _Report) -> list[tuple[str, 
     return left
 
 
-def _metadata(folder: _Folder, part: str, about: dict[str, str]) -> dict[str, str]:
+def _metadata(folder: PartFolder, part: str, about: dict[str, str]) -> dict[str, str]:
     """What the last of `_Writer.finish` wrote of a part.
 
     Raises:
