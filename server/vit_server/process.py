@@ -136,13 +136,13 @@ class TritonProcess:
         Raises:
             ServerError: one of these processes has exited already.
         """
-        self._quiet = False
         self._settled.set()
         self._stubs = _stubs(self._child.pid)
         running = Counter(self._stubs.values())
         for model, count in self._python_models.items():
             if running[model] < count:
                 raise ServerError(f"the process of the model '{model}' has exited")
+        self._quiet = False
 
     def failure(self) -> ServerError:
         """Return, from its log, why it exited while it loaded the models."""

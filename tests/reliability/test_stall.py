@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,17 @@ def test_process_that_was_stopped_ends_instead_of_answering(
     first, second = (data for _, data in itertools.islice(poison.originals(), 2))
     with serving(tiny_repository) as server:
         server.infer("classify", "image", [first])
+        right = server.infer("classify", "image", [second])["scores"]
         held_up = model_processes(server.process.pid, model)
         send(signal.SIGSTOP, held_up)
         with pytest.raises(InferenceServerException, match="is not healthy"):
             server.infer("classify", "image", [first])
         send(signal.SIGCONT, held_up)
-        # An error is acceptable; the result of another image is not.
-        with pytest.raises(InferenceServerException):
-            server.infer("classify", "image", [second])
+        # An error is acceptable, and so is an answer in the moment before the process ends; the
+        # result of another image is not.
+        with suppress(InferenceServerException):
+            got = server.infer("classify", "image", [second])["scores"]
+            np.testing.assert_array_equal(got, right)
         assert server.process.wait(20) == 1
 
 
