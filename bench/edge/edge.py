@@ -1,6 +1,7 @@
 """docker/edge in the real Envoy, from its wheel, in front of servers on loopback."""
 
 import contextlib
+import datetime
 import json
 import re
 import subprocess
@@ -15,6 +16,8 @@ import envoy
 import jwt
 import trustme
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from ..ports import free_ports
@@ -57,6 +60,25 @@ class Certificates:
         self.ca_file = folder / "ca.crt"
         self.authority.cert_pem.write_to_path(self.ca_file)
         self.issue(folder / "tls")
+        (folder / "ca.crl").write_bytes(self.revoking())
+
+    def revoking(self, *certificates: Path) -> bytes:
+        """The list (CRL) of the authority with these certificates on it."""
+        key = serialization.load_pem_private_key(self.authority.private_key_pem.bytes(), None)
+        issuer = x509.load_pem_x509_certificate(self.authority.cert_pem.bytes())
+        now = datetime.datetime.now(datetime.timezone.utc)
+        listed = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(issuer.subject)
+            .last_update(now - datetime.timedelta(days=1))
+            .next_update(now + datetime.timedelta(days=1))
+        )
+        for file in certificates:
+            number = x509.load_pem_x509_certificate(file.read_bytes()).serial_number
+            revoked = x509.RevokedCertificateBuilder().serial_number(number).revocation_date(now)
+            listed = listed.add_revoked_certificate(revoked.build())
+        made = listed.sign(key, hashes.SHA256())  # type: ignore[arg-type]
+        return made.public_bytes(serialization.Encoding.PEM)
 
     def issue(self, name: Path, *identities: str, **options: Any) -> dict[str, Path]:
         issued = self.authority.issue_cert(*(identities or ("127.0.0.1",)), **options)

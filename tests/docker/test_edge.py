@@ -36,6 +36,7 @@ from vit_client import (
     BadImage,
     Client,
     Overloaded,
+    VitClientError,
     _inference,
 )
 
@@ -172,6 +173,28 @@ def test_a_client_certificate_instead_of_a_token(door: Edge, tmp_path: Path) -> 
     with pytest.raises(Exception, match=r"TLS|certificate|handshake") as caught:
         classify(door, token=None, **theirs)
     assert not isinstance(caught.value, AssertionError)
+
+
+def test_a_certificate_that_is_revoked(tiny_server: Server, tmp_path: Path) -> None:
+    """With what is commented out in client-ca.yaml."""
+    edit = {"client-ca.yaml": lambda text: uncommented(text, "crl:")}
+    list_of = tmp_path / "tls" / "ca.crl"
+    with edge.running(tmp_path, {"vit": [tiny_server.url]}, edit=edit) as door:
+        good = door.certificates.issue(tmp_path / "good", "acme.example", common_name="good")
+        assert classify(door, token=None, **good)
+        bad = door.certificates.issue(tmp_path / "bad", "acme.example", common_name="bad")
+        new = list_of.with_suffix(".new")
+        new.write_bytes(door.certificates.revoking(bad["cert_file"]))
+        new.rename(list_of)
+        until(lambda: not admitted(door, bad))
+        assert classify(door, token=None, **good)
+
+
+def admitted(door: Edge, files: dict[str, Path]) -> bool:
+    try:
+        return bool(classify(door, token=None, **files))
+    except VitClientError:
+        return False
 
 
 @pytest.mark.parametrize("header", ["vit-tenant", "vit-certificate"])
