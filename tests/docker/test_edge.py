@@ -649,7 +649,8 @@ def test_one_line_a_call(door: Edge, tiny_server: Server) -> None:
     assert line["bytes_sent"] > 64 * 4
     assert line["duration_ms"] >= 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
-    bad = logged(door, lambda call: call["grpc_status"] == "InvalidArgument")
+    refused = ("recorded", "InvalidArgument")
+    bad = logged(door, lambda call: (call["tenant"], call["grpc_status"]) == refused)
     assert bad["vit_request_id"] == caught.value.request_id
     log = (door.folder / "log").read_text()
     assert token.rpartition(".")[2] not in log
