@@ -640,7 +640,8 @@ def test_one_line_a_call(door: Edge, tiny_server: Server) -> None:
         client.embed(PHOTO)
         with pytest.raises(BadImage) as caught:
             client.embed(b"no image")
-    line = logged(door, lambda call: (call["tenant"], call["model"]) == ("recorded", "embed"))
+    good = ("recorded", "embed", "OK")
+    line = logged(door, lambda call: (call["tenant"], call["model"], call["grpc_status"]) == good)
     assert line["model"] == "embed"
     assert line["path"] == f"/{SERVICE}/ModelInfer"
     assert line["grpc_status"] == "OK"
