@@ -56,14 +56,17 @@ class _Run:
     keep: list[str]
     dtype: str
     image_column: str | None
+    _fingerprints: dict[str, str] = field(default_factory=dict)  # read once a shard, not a part
 
     def about(self, shard: str) -> dict[str, str]:
         """What decides the contents of a shard's parts, to tell whether they may be kept."""
         settings = [self.keep, self.dtype, self.image_column]
+        if shard not in self._fingerprints:
+            self._fingerprints[shard] = _shards.fingerprint(shard)
         return {
             "model": describe(self.model),
             "settings": json.dumps(settings),
-            "shard": _shards.fingerprint(shard),
+            "shard": self._fingerprints[shard],
         }
 
 

@@ -18,6 +18,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 @contextmanager
 def opened(shard: str) -> Iterator[IO[bytes]]:
+    """A file or address, for reading. Raises like `remote_errors`."""
     if not is_url(shard):
         try:
             file: IO[bytes] = Path(shard).open("rb")  # noqa: SIM115
